@@ -1,0 +1,1 @@
+from klfast._kernels import gufuncs

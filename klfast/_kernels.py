@@ -1,0 +1,1 @@
+from klfast._kernels_avx2 import gufuncs

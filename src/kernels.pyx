@@ -1,0 +1,147 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: initializedcheck=False, embedsignature=True
+"""The hallway: hangs every row kernel up as a NumPy gufunc.
+
+Compiled once for each instruction set, under a module name of its own; `klfast._kernels` picks
+one. What Python owes: arrays of the registered dtypes or ones that cast to them, logits' temperature
+positive. What the gufuncs owe: the result of every row by the design's table of edge cases, the
+"invalid" floating-point status for rows that are NaN because a value was bad, and nothing else.
+"""
+
+import numpy as np
+
+cimport numpy as cnp
+from numpy cimport npy_intp
+from gufunc cimport Kernel, gufunc_loop
+from rows cimport plan_rows, reduce_rows_f32, reduce_rows_f64
+from sums cimport Family, Format
+
+cnp.import_array()
+cnp.import_ufunc()
+
+cdef extern from "threads.h":
+    int KLFAST_OPENMP
+    int threads_here, threads_asked, threads_default
+    int thread_limit() nogil
+    void release_workers() nogil
+    void forked() nogil
+    void guard_forks() nogil
+
+cdef extern from *:
+    """
+    #if defined(__VERSION__)
+    #define COMPILER __VERSION__
+    #elif defined(_MSC_VER)
+    #define COMPILER "MSVC"
+    #else
+    #define COMPILER "unknown"
+    #endif
+    """
+    const char *COMPILER
+
+
+cdef void loop(char **operands, const npy_intp *dimensions, const npy_intp *steps,
+               void *kernel) noexcept nogil:
+    gufunc_loop(operands, dimensions, steps, <const Kernel *> kernel)
+
+
+# NumPy keeps pointers into these for as long as a gufunc lives.
+cdef enum:
+    MAX_LOOPS = 64
+cdef Kernel kernels[MAX_LOOPS]
+cdef cnp.PyUFuncGenericFunction loops[MAX_LOOPS]
+cdef void *data[MAX_LOOPS]
+cdef char types[MAX_LOOPS * 8]
+cdef int n_loops = 0
+cdef int n_types = 0
+cdef list texts = []   # names and signatures
+
+
+cdef object make_gufunc(str name, str signature, int first_loop, int first_type, int n_inputs):
+    """The gufunc of the loops added since first_loop."""
+    cdef bytes c_name = name.encode(), c_signature = signature.encode()
+    texts.extend((c_name, c_signature))
+    return cnp.PyUFunc_FromFuncAndDataAndSignature(
+        &loops[first_loop], &data[first_loop], &types[first_type], n_loops - first_loop,
+        n_inputs, 1, cnp.PyUFunc_None, c_name, b"", 0, c_signature)
+
+
+cdef Kernel *add_loop(str dtypes):
+    """A new loop over operands of these types; its kernel is left to be filled in."""
+    global n_loops, n_types
+    cdef Kernel *kernel = &kernels[n_loops]
+    loops[n_loops] = <cnp.PyUFuncGenericFunction> loop
+    data[n_loops] = kernel
+    for dtype in dtypes:
+        types[n_types] = np.dtype(dtype).num
+        n_types += 1
+    n_loops += 1
+    kernel.n_operands = len(dtypes)
+    return kernel
+
+
+FORMATS = (  # format, dtype of operands, dtype of the result; bfloat16 comes as its bits
+    (<int> Format.FLOAT16, "e", "f"), (<int> Format.FLOAT32, "f", "f"),
+    (<int> Format.FLOAT64, "d", "d"),
+)
+BFLOAT16 = ((<int> Format.BFLOAT16, "H", "f"),)
+
+
+cdef object row_gufunc(str name, str signature, Family family, bint normalize, tuple formats):
+    """Discrete and categorical."""
+    cdef int first_loop = n_loops, first_type = n_types
+    cdef Kernel *kernel
+    extra = "d" if family == Family.CATEGORICAL else ""  # the temperature
+    for form, operand, result in formats:
+        kernel = add_loop(operand + operand + extra + result)
+        kernel.rows = reduce_rows_f64 if form == <int> Format.FLOAT64 else reduce_rows_f32
+        kernel.plan = plan_rows
+        kernel.family = family
+        kernel.options[0] = form
+        kernel.options[1] = normalize
+    return make_gufunc(name, signature, first_loop, first_type, 2 + len(extra))
+
+
+gufuncs = {
+    "discrete": row_gufunc("discrete", "(k),(k)->()", Family.DISCRETE, True, FORMATS),
+    "discrete_plain": row_gufunc("discrete_plain", "(k),(k)->()", Family.DISCRETE, False, FORMATS),
+    "categorical": row_gufunc("categorical", "(k),(k),()->()", Family.CATEGORICAL, True, FORMATS),
+    "discrete_bfloat16": row_gufunc(
+        "discrete_bfloat16", "(k),(k)->()", Family.DISCRETE, True, BFLOAT16),
+    "discrete_plain_bfloat16": row_gufunc(
+        "discrete_plain_bfloat16", "(k),(k)->()", Family.DISCRETE, False, BFLOAT16),
+    "categorical_bfloat16": row_gufunc(
+        "categorical_bfloat16", "(k),(k),()->()", Family.CATEGORICAL, True, BFLOAT16),
+}
+
+
+def set_threads(*, default=None, everybody=None, here=None):
+    """Thread counts: the default, what code asked for, and for the calling thread alone (0: none)."""
+    global threads_default, threads_asked, threads_here
+    if default is not None:
+        threads_default = default
+    if everybody is not None:
+        threads_asked = everybody
+    if here is not None:
+        threads_here = here
+
+
+def get_threads():
+    """How many threads a call from this thread may use, and what this thread alone asked for."""
+    return thread_limit(), threads_here
+
+
+def before_fork():
+    release_workers()
+
+
+def after_fork():
+    forked()
+
+
+def build():
+    """Compiler and OpenMP version (0: built without)."""
+    return {"compiler": COMPILER.decode(), "openmp": KLFAST_OPENMP}
+
+
+guard_forks()

@@ -1,0 +1,196 @@
+/* One-lane mathematics, branch-free, so that compilers vectorise the loops around it.
+ *
+ * Every function comes as name_f32 and name_f64. Products and sums are written a * b + c and the
+ * compiler contracts them to fused multiply-adds where the processor has them; only
+ * residual_product needs the single rounding and gets it by other means where it has not.
+ * Coefficients: tools/polynomials.py.
+ */
+#ifndef KLFAST_VECMATH_H
+#define KLFAST_VECMATH_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+static inline uint32_t bits_f32(float x) { uint32_t u; memcpy(&u, &x, sizeof u); return u; }
+static inline uint64_t bits_f64(double x) { uint64_t u; memcpy(&u, &x, sizeof u); return u; }
+static inline float from_bits_f32(uint32_t u) { float x; memcpy(&x, &u, sizeof x); return x; }
+static inline double from_bits_f64(uint64_t u) { double x; memcpy(&x, &u, sizeof x); return x; }
+
+/* Adding 1.5 * 2^(digits - 1) leaves round(x) in the low bits of the sum: |x| < 2^21, 2^50. */
+#define MAGIC_F32 0x1.8p23f
+#define MAGIC_F64 0x1.8p52
+
+/* Nearest integer, ties to even. |x| < 2^21 (f32), 2^50 (f64). Exact. */
+static inline float nearest_f32(float x) { return (x + MAGIC_F32) - MAGIC_F32; }
+static inline double nearest_f64(double x) { return (x + MAGIC_F64) - MAGIC_F64; }
+
+/* 2^n for integral n in [-126, 127] (f32), [-1022, 1023] (f64). Exact. */
+static inline float pow2_f32(float n) {
+    return from_bits_f32((bits_f32(n + MAGIC_F32) + 127u) << 23);
+}
+static inline double pow2_f64(double n) {
+    return from_bits_f64((bits_f64(n + MAGIC_F64) + 1023u) << 52);
+}
+
+/* r - n*ln(2) for integral n = nearest(r / ln 2): ln 2 in two parts, the first short enough that
+ * n * LN2_HIGH is exact for |n| < 2^8 (f32), 2^11 (f64). */
+#define LOG2_E 1.4426950408889634
+#define LN2_HIGH_F32 0x1.62ep-1f
+#define LN2_LOW_F32 0x1.0bfbe8p-15f
+#define LN2_HIGH_F64 0x1.62e42fefap-1
+#define LN2_LOW_F64 0x1.cf79abc9e3b3ap-40
+
+static inline float reduce_f32(float x, float n) {
+    return (x - n * LN2_HIGH_F32) - n * LN2_LOW_F32;
+}
+static inline double reduce_f64(double x, double n) {
+    return (x - n * LN2_HIGH_F64) - n * LN2_LOW_F64;
+}
+
+/* e^x. x in [-87, 88] (f32), [-708, 709] (f64). 1 ulp plus the rounding of x. NaN stays NaN. */
+static inline float exp_f32(float x) {
+    float n = nearest_f32(x * (float)LOG2_E);
+    float r = reduce_f32(x, n);
+    float q = 1.3926181810489343e-3f;
+    q = q * r + 8.363177629994445e-3f;
+    q = q * r + 4.1666554627878084e-2f;
+    q = q * r + 1.6666576998242924e-1f;
+    q = q * r + 0.5f;
+    return ((r * r) * q + r + 1.0f) * pow2_f32(n);
+}
+static inline double exp_f64(double x) {
+    double n = nearest_f64(x * LOG2_E);
+    double r = reduce_f64(x, n);
+    double q = 2.510038319586702e-08;
+    q = q * r + 2.7620085455018414e-07;
+    q = q * r + 2.7557268464831627e-06;
+    q = q * r + 2.4801521302241082e-05;
+    q = q * r + 1.9841269863050506e-4;
+    q = q * r + 1.388888891720967e-3;
+    q = q * r + 8.333333333330063e-3;
+    q = q * r + 4.1666666666624136e-2;
+    q = q * r + 0.16666666666666669;
+    q = q * r + 0.5000000000000001;
+    return ((r * r) * q + r + 1.0) * pow2_f64(n);
+}
+
+/* phi(x) = e^x - 1 - x >= 0 without cancellation, same ranges; 4 ulp. With x = n ln 2 + r,
+ *     phi(x) = 2^n phi(r) + (2^n - 1) r + ((2^n - 1) - n ln 2),
+ * where the last bracket is phi(n ln 2) >= 0; for n = 0 this is phi(r) = r^2 Q(r) alone. */
+static inline float phi_f32(float x) {
+    float n = nearest_f32(x * (float)LOG2_E);
+    float r = reduce_f32(x, n);
+    float grown = pow2_f32(n) - 1.0f;
+    float q = 1.9890988455544567e-4f;
+    q = q * r + 1.3933647862928863e-3f;
+    q = q * r + 8.333310927615311e-3f;
+    q = q * r + 4.1666464944505696e-2f;
+    q = q * r + 1.6666666681621095e-1f;
+    q = q * r + 0.5000000013463886f;
+    float near = (r * r) * q;
+    float far = (grown - n * LN2_HIGH_F32) - n * LN2_LOW_F32;
+    return near + (grown * (near + r) + far);
+}
+static inline double phi_f64(double x) {
+    double n = nearest_f64(x * LOG2_E);
+    double r = reduce_f64(x, n);
+    double grown = pow2_f64(n) - 1.0;
+    double q = 2.0914685161418067e-09;
+    q = q * r + 2.5105214474751413e-08;
+    q = q * r + 2.7557273647451087e-07;
+    q = q * r + 2.7557255406285044e-06;
+    q = q * r + 2.480158732554432e-05;
+    q = q * r + 1.9841269874815834e-4;
+    q = q * r + 1.388888888888375e-3;
+    q = q * r + 8.333333333326136e-3;
+    q = q * r + 4.166666666666667e-2;
+    q = q * r + 0.1666666666666667;
+    q = q * r + 0.5;
+    double near = (r * r) * q;
+    double far = (grown - n * LN2_HIGH_F64) - n * LN2_LOW_F64;
+    return near + (grown * (near + r) + far);
+}
+
+/* The integer e for which x / (y * 2^e) lies in [2^-0.59, 2^0.59], as a floating-point number:
+ * the bits of a positive number, read as an integer, are its logarithm to 0.09.
+ * x, y positive and normal. */
+static inline float ratio_exponent_f32(float x, float y) {
+    return (float)((int32_t)(bits_f32(x) - bits_f32(y) + 0x400000u) >> 23);
+}
+static inline double ratio_exponent_f64(double x, double y) {
+    /* shifted into the mantissa of 2^52: AVX2 converts no 64-bit integer and shifts none by sign */
+    uint64_t biased = bits_f64(x) - bits_f64(y) + ((uint64_t)1 << 63) + ((uint64_t)1 << 51);
+    return from_bits_f64((biased >> 52) | ((uint64_t)0x433 << 52)) - (0x1p52 + 2048.0);
+}
+
+/* y * 2^e for the e of ratio_exponent(x, y). Exact; x and the result normal. */
+static inline float match_exponent_f32(float x, float y) {
+    uint32_t e = (bits_f32(x) - bits_f32(y) + 0x400000u) & 0xff800000u;
+    return from_bits_f32(bits_f32(y) + e);
+}
+static inline double match_exponent_f64(double x, double y) {
+    uint64_t e = (bits_f64(x) - bits_f64(y) + ((uint64_t)1 << 51)) & ((uint64_t)0xfff << 52);
+    return from_bits_f64(bits_f64(y) + e);
+}
+
+/* 2 atanh(s) - 2 s, |s| <= 0.2007. 2 ulp. */
+static inline float atanh_tail_f32(float s) {
+    float u = s * s;
+    float t = 0.2375933909841617f;
+    t = t * u + 0.2853214383472614f;
+    t = t * u + 0.40000318470237534f;
+    t = t * u + 0.6666666626516464f;
+    return t * u * s;
+}
+static inline double atanh_tail_f64(double s) {
+    double u = s * s;
+    double t = 0.13619066042830322;
+    t = t * u + 0.13208398002781363;
+    t = t * u + 0.1538893460259468;
+    t = t * u + 0.18181735949669697;
+    t = t * u + 0.22222223069772148;
+    t = t * u + 0.2857142856714695;
+    t = t * u + 0.4000000000000823;
+    t = t * u + 0.6666666666666666;
+    return t * u * s;
+}
+
+/* c - a*b rounded once. fma() is a library call where the processor has none: there, double for
+ * float, and for double an error-free product. */
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+static inline float residual_product_f32(float a, float b, float c) { return fmaf(-a, b, c); }
+static inline double residual_product_f64(double a, double b, double c) { return fma(-a, b, c); }
+#else
+static inline float residual_product_f32(float a, float b, float c) {
+    return (float)((double)c - (double)a * (double)b);
+}
+static inline double residual_product_f64(double a, double b, double c) {
+    /* Dekker: a*b = product + error exactly, while |a|, |b| < 2^990 and nothing underflows. */
+    double p = a * b, ta = a * 134217729.0, tb = b * 134217729.0;
+    double ah = ta - (ta - a), al = a - ah, bh = tb - (tb - b), bl = b - bh;
+    double error = ((ah * bh - p) + ah * bl + al * bh) + al * bl;
+    return (c - p) - error;
+}
+#endif
+
+/* IEEE binary16 and bfloat16, given as their bits. Exact. */
+static inline float from_float16(uint16_t h) {
+    uint32_t magnitude = (uint32_t)(h & 0x7fffu) << 13;
+    float x = from_bits_f32(magnitude) * 0x1p112f;
+    uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
+    return from_bits_f32(bits_f32(x) | special | (uint32_t)(h & 0x8000u) << 16);
+}
+static inline float from_bfloat16(uint16_t b) { return from_bits_f32((uint32_t)b << 16); }
+
+/* x - log1p(x) for x > -1, in double: the second-order correction of a normalised sum.
+ * Scalar, once a row. Below 0.3 the series in s = x / (2 + x), where log1p(x) = 2 atanh(s) and
+ * x - 2 s = x s; 4 ulp. */
+static inline double minus_log1p(double x) {
+    if (!(fabs(x) < 0.3))
+        return x - log1p(x);
+    double s = x / (2.0 + x);
+    return x * s - atanh_tail_f64(s);
+}
+
+#endif

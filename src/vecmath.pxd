@@ -1,0 +1,75 @@
+"""vecmath.h for fused types: name(x) is name_f32(x) or name_f64(x)."""
+
+ctypedef fused real:
+    float
+    double
+
+cdef extern from "vecmath.h" nogil:
+    float exp_f32(float x)
+    double exp_f64(double x)
+    float phi_f32(float x)
+    double phi_f64(double x)
+    float ratio_exponent_f32(float x, float y)
+    double ratio_exponent_f64(double x, double y)
+    float match_exponent_f32(float x, float y)
+    double match_exponent_f64(double x, double y)
+    float atanh_tail_f32(float s)
+    double atanh_tail_f64(double s)
+    float residual_product_f32(float a, float b, float c)
+    double residual_product_f64(double a, double b, double c)
+    float from_float16(unsigned short bits)
+    float from_bfloat16(unsigned short bits)
+    double minus_log1p(double x)
+    double INFINITY
+    double NAN
+    double LN2 "0.6931471805599453"
+
+
+cdef inline real exp(real x) noexcept nogil:
+    if real is float:
+        return exp_f32(x)
+    else:
+        return exp_f64(x)
+
+
+cdef inline real phi(real x) noexcept nogil:
+    if real is float:
+        return phi_f32(x)
+    else:
+        return phi_f64(x)
+
+
+cdef inline real ratio_exponent(real x, real y) noexcept nogil:
+    if real is float:
+        return ratio_exponent_f32(x, y)
+    else:
+        return ratio_exponent_f64(x, y)
+
+
+cdef inline real match_exponent(real x, real y) noexcept nogil:
+    if real is float:
+        return match_exponent_f32(x, y)
+    else:
+        return match_exponent_f64(x, y)
+
+
+cdef inline real atanh_tail(real s) noexcept nogil:
+    if real is float:
+        return atanh_tail_f32(s)
+    else:
+        return atanh_tail_f64(s)
+
+
+cdef inline real residual_product(real a, real b, real c) noexcept nogil:
+    if real is float:
+        return residual_product_f32(a, b, c)
+    else:
+        return residual_product_f64(a, b, c)
+
+
+cdef inline real larger(real x, real y) noexcept nogil:
+    return x if x > y else y
+
+
+cdef inline real smaller(real x, real y) noexcept nogil:
+    return x if x < y else y

@@ -1,0 +1,206 @@
+"""Every result within its bound of the exact value, at every scale and every length, never negative."""
+
+import klfast
+import mpmath
+import numpy as np
+import pytest
+
+import oracle
+from registry import DTYPES, ENTRIES, IDS, ROWS, SMALLEST_RELATIVE_DIFFERENCE, assert_close
+
+SIZES = [1, 2, 3, 7, 10, 31, 32, 33, 77, 1000, 4099, 20_000, 100_000]
+NEAR = [None, 3.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8]
+
+
+def kept(dtype, size, near):
+    """Leave out what a dtype cannot tell apart, and the middle of the scale for long rows."""
+    if near is not None and near < SMALLEST_RELATIVE_DIFFERENCE[dtype]:
+        return False
+    return size <= 4099 or near in (None, 1e-1, 1e-3, SMALLEST_RELATIVE_DIFFERENCE[dtype])
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.id)
+def test_bound(entry, dtype, size):
+    if size > entry.max_size:
+        size = entry.max_size
+    rows = 1 if size > 4000 else max(2, min(20, 400 // size))
+    for near in NEAR:
+        if kept(dtype, size, near) and (entry.near or near is None or near >= 1):
+            arrays = entry.inputs(dtype, (rows,), size, near)
+            got = entry(arrays)
+            assert got.dtype == dtype
+            try:
+                entry.check(got, arrays)
+            except AssertionError as error:
+                raise AssertionError(f"near={near}: {error}") from None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.id)
+def test_every_small_size(entry, dtype):
+    near = [None, 1e-2, SMALLEST_RELATIVE_DIFFERENCE[dtype]] if entry.near else [None]
+    for size in range(1, min(72, entry.max_size + 1)):
+        for eps in near:
+            arrays = entry.inputs(dtype, (2,), size, eps, seed=1)
+            entry.check(entry(arrays), arrays)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0, 2.0, 3.3, 10.0, "per row"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("near", [None, 1e-1, 1e-3, "smallest"])
+def test_temperature(dtype, near, temperature):
+    near = SMALLEST_RELATIVE_DIFFERENCE[dtype] if near == "smallest" else near
+    t = np.geomspace(0.1, 10, 8).astype(dtype) if temperature == "per row" else temperature
+    for size in (5, 33, 1000):
+        arrays = IDS["categorical"].inputs(dtype, (8,), size, near)
+        IDS["categorical"].check(
+            klfast.kl_categorical(**arrays, temperature=t), arrays, temperature=t
+        )
+
+
+def check_logits(a, b, dtype):
+    a, b = np.atleast_2d(a).astype(dtype), np.atleast_2d(b).astype(dtype)
+    got = klfast.kl_categorical(a, b)
+    IDS["categorical"].check(got, {"logits_p": a, "logits_q": b})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [3, 10, 33, 1000, 20_000])
+@pytest.mark.parametrize("shift", [1.0, -5.0, 100.0, -1000.0])
+@pytest.mark.parametrize("tiny", [1e-1, 1e-3, 1e-5])
+def test_common_shift(dtype, size, shift, tiny):
+    rng = np.random.default_rng(size)
+    a = (3 * rng.normal(size=(3, size))).astype(dtype)
+    check_logits(a, a + shift + tiny * rng.normal(size=a.shape), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [2, 10, 33, 1000, 20_000])
+@pytest.mark.parametrize("scale", [10.0, 100.0, 1e3, 1e4])
+@pytest.mark.parametrize("near", [None, 10.0, 1e-1, 1e-3])
+def test_large_logits(dtype, size, scale, near):
+    rng = np.random.default_rng(size)
+    a = (scale * rng.uniform(-1, 1, (3, size))).astype(dtype)
+    b = scale * rng.uniform(-1, 1, a.shape) if near is None else a + near * rng.normal(size=a.shape)
+    check_logits(a, b, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [2, 10, 33, 1000, 20_000])
+@pytest.mark.parametrize("peak", [5.0, 15.0, 30.0, 80.0])
+@pytest.mark.parametrize("where", ["both", "p", "q", "apart"])
+def test_peaked_logits(dtype, size, peak, where):
+    rng = np.random.default_rng(size)
+    a = rng.normal(size=(3, size)).astype(dtype)
+    b = a + 1e-3 * rng.normal(size=a.shape)
+    a[:, size // 2] += peak if where in ("both", "p", "apart") else 0
+    b[:, size // 2 - (where == "apart")] += peak if where in ("both", "q", "apart") else 0
+    check_logits(a, b, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [2, 31, 1000])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("near", [None, 1e-3])
+def test_subnormals(dtype, size, normalize, near):
+    rng = np.random.default_rng(size)
+    step = float(np.finfo(dtype).smallest_subnormal)
+    p = step * rng.integers(1, 2**20, (3, size)).astype(np.float64)
+    q = (
+        np.maximum(p * (1 + near * rng.normal(size=p.shape)), step)
+        if near
+        else rng.permuted(p, axis=1)
+    )
+    mixed = np.where(rng.random(p.shape) < 0.5, rng.random(p.shape), 1)
+    for scale in (1.0, mixed):
+        arrays = {"p": (p * scale).astype(dtype), "q": (q * scale).astype(dtype)}
+        arrays = {name: np.maximum(a, np.dtype(dtype).type(step)) for name, a in arrays.items()}
+        entry = IDS["discrete" if normalize else "discrete-raw"]
+        entry.check(entry(arrays), arrays)
+
+
+HARD = {  # SciPy issue 20710 and its kin
+    "near-equal": [
+        (0.5, np.nextafter(0.5, 1)),
+        (1 - 1e-15, 1.0),
+        (1e300, np.nextafter(1e300, np.inf)),
+    ],
+    "tiny q": [(4.0, 2.2e-308), (4.0, 5e-324), (1.0, 1e-300)],
+    "tiny p": [(2.2e-308, 4.0), (5e-324, 4.0), (1e-300, 1.0)],
+    "far apart": [(1e-200, 1e200), (1e200, 1e-200), (1e-308, 1e308)],
+    "powers of two": [
+        (1.0, 2.0),
+        (2.0, 1.0),
+        (1.0, np.sqrt(2)),
+        (np.sqrt(2), 1.0),
+        (1.0, np.sqrt(0.5)),
+    ],
+}
+
+
+@pytest.mark.parametrize("pairs", HARD.values(), ids=HARD)
+def test_hard_pairs(pairs):
+    p, q = np.array(pairs).T
+    entry = IDS["discrete-raw"]
+    arrays = {"p": p[:, None], "q": q[:, None]}
+    entry.check(entry(arrays), arrays)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_around_every_ratio(dtype):
+    ratio = np.concatenate([np.linspace(0.25, 4, 2001), np.geomspace(1e-30, 1e30, 601)])
+    p = np.random.default_rng(0).uniform(1, 2, ratio.size).astype(dtype)
+    arrays = {"p": p[:, None], "q": (p * ratio).astype(dtype)[:, None]}
+    IDS["discrete-raw"].check(IDS["discrete-raw"](arrays), arrays)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spread", ["scale", "var", "logvar"])
+def test_normal_around_every_ratio(dtype, spread):
+    rng = np.random.default_rng(0)
+    if spread == "logvar":
+        p = rng.uniform(-30, 30, 2001)
+        q = p + np.concatenate([np.linspace(-3, 3, 1001), np.geomspace(1e-8, 50, 1000)])
+    else:
+        p = rng.uniform(1, 2, 2001) * 10.0 ** rng.uniform(-9, 9, 2001)
+        q = p * np.concatenate([np.linspace(0.25, 4, 1001), np.geomspace(1e-6, 1e6, 1000)])
+    p, q, loc = p.astype(dtype)[:, None], q.astype(dtype)[:, None], np.zeros((2001, 1), dtype)
+    arrays = {"loc_p": loc, "loc_q": loc, f"{spread}_p": p, f"{spread}_q": q}
+    IDS[f"normal-{spread}"].check(IDS[f"normal-{spread}"](arrays), arrays)
+
+
+@pytest.mark.parametrize("entry", ENTRIES[:1], ids=lambda e: e.id)
+def test_long_row(entry):
+    arrays = entry.inputs("float32", (1,), 1_000_000, 1e-3)
+    entry.check(entry(arrays), arrays)
+
+
+def test_oracle_agrees_with_mpmath():
+    rng = np.random.default_rng(0)
+    p = rng.random(50)
+    q = p * (1 + 1e-8 * rng.normal(size=50))
+    a, b = np.log(p) * 3, np.log(q) * 3 + 100
+    with mpmath.workdps(60):
+        sp, sq = mpmath.fsum(p.tolist()), mpmath.fsum(q.tolist())
+        discrete = mpmath.fsum(
+            x / sp * mpmath.log((x / sp) / (y / sq))
+            for x, y in zip(map(mpmath.mpf, p), q, strict=True)
+        )
+        ea, eb = [[mpmath.exp(mpmath.mpf(x) / 0.7) for x in row] for row in (a, b)]
+        sa, sb = mpmath.fsum(ea), mpmath.fsum(eb)
+        categorical = mpmath.fsum(
+            x / sa * mpmath.log((x / sa) / (y / sb)) for x, y in zip(ea, eb, strict=True)
+        )
+        var_p, var_q = mpmath.mpf(p[0]) ** 2, mpmath.exp(mpmath.mpf(b[0]))
+        delta = mpmath.mpf(a[0]) - mpmath.mpf(a[1])
+        normal = (var_p / var_q - 1 - mpmath.log(var_p / var_q) + delta**2 / var_q) / 2
+    for want, (got, _) in [
+        (discrete, oracle.kl_discrete(p, q)),
+        (categorical, oracle.kl_categorical(a, b, temperature=0.7)),
+        (normal, oracle.kl_normal(a[:1], a[1:2], scale_p=p[:1], logvar_q=b[:1])),
+    ]:
+        assert_close(
+            np.float64(want), got, got, ROWS["float64"] / 10, {"p": p, "q": q, "a": a, "b": b}
+        )

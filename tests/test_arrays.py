@@ -1,0 +1,330 @@
+"""Any array NumPy can describe is read where it lies and gives the right result."""
+
+import tracemalloc
+
+import dask
+import dask.array as da
+import klfast
+import ml_dtypes
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+
+from registry import DTYPES, ENTRIES, IDS, PLAIN
+
+WITH_AXIS = [entry for entry in PLAIN if entry.core == 1]
+by_id = pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.id)
+plain = pytest.mark.parametrize("entry", PLAIN, ids=lambda e: e.id)
+with_axis = pytest.mark.parametrize("entry", WITH_AXIS, ids=lambda e: e.id)
+
+
+def spread_out(a, *, step=2, reverse=False):
+    """Give a view like `a` in which every axis is strided."""
+    wide = np.full([n * step for n in a.shape], 99, a.dtype)
+    view = wide[tuple(slice(None, None, step) for _ in a.shape)]
+    view[...] = a[(slice(None, None, -1),) * a.ndim] if reverse else a
+    return view[(slice(None, None, -1),) * a.ndim] if reverse else view
+
+
+def unaligned(a):
+    view = np.frombuffer(bytearray(a.nbytes + 1), a.dtype, offset=1, count=a.size).reshape(a.shape)
+    view[...] = a
+    assert a.size == 0 or not view.flags.aligned
+    return view
+
+
+def read_only(a):
+    a = a.copy()
+    a.flags.writeable = False
+    return a
+
+
+def memory_mapped(a, tmp_path):
+    path = tmp_path / f"{len(list(tmp_path.iterdir()))}.npy"
+    np.save(path, a)
+    return np.load(path, mmap_mode="r")
+
+
+LAYOUTS = {
+    "C order": lambda a, _: a,
+    "Fortran order": lambda a, _: np.asfortranarray(a),
+    "strided": lambda a, _: spread_out(a),
+    "far apart": lambda a, _: spread_out(a, step=5),
+    "reversed": lambda a, _: spread_out(a, step=1, reverse=True),
+    "reversed and strided": lambda a, _: spread_out(a, reverse=True),
+    "field of records": lambda a, _: np.rec.fromarrays([a, np.zeros(a.shape, "u1")])["f0"],
+    "read-only": lambda a, _: read_only(a),
+    "unaligned": lambda a, _: unaligned(a),
+    "byte-swapped": lambda a, _: a.astype(a.dtype.newbyteorder()),
+    "memory-mapped": memory_mapped,
+    "nested list": lambda a, _: a.tolist() if a.size else a,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@by_id
+def test_layout(entry, dtype, layout, tmp_path):
+    for shape, size in [((4, 3), 5), ((3,), 1), ((2,), 67), ((), 33), ((0, 3), 5), ((3, 0), 5)]:
+        arrays = entry.inputs(dtype, shape, min(size, entry.max_size))
+        laid = {name: LAYOUTS[layout](a, tmp_path) for name, a in arrays.items()}
+        got = entry(laid)
+        first = next(iter(laid.values()))
+        assert got.dtype == ("float64" if isinstance(first, list) else dtype)
+        assert isinstance(got, np.ndarray if shape else np.floating)
+        if got.size:
+            entry.check(got, {name: np.asarray(a, dtype) for name, a in laid.items()})
+        assert got.shape == shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@by_id
+def test_one_array_strided_at_a_time(entry, dtype):
+    arrays = entry.inputs(dtype, (6,), min(40, entry.max_size))
+    for name, a in arrays.items():
+        entry.check(entry({**arrays, name: spread_out(a)}), arrays)
+        entry.check(entry({**arrays, name: a[::-1].copy()[::-1]}), arrays)
+
+
+BATCHES = [
+    ((5,), ()),
+    ((), (5,)),
+    ((4, 1), (1, 3)),
+    ((2, 1, 4), (3, 1)),
+    ((1,), (7,)),
+    ((0,), (1,)),
+    ((2, 3), (2, 3)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 3, 17, 50])
+@by_id
+def test_broadcasting(entry, size, dtype):
+    size = min(size, entry.max_size)
+    for batch_p, batch_q in BATCHES:
+        p, q = entry.inputs(dtype, batch_p, size), entry.inputs(dtype, batch_q, size, seed=1)
+        arrays = {name: (p if name.endswith("p") else q)[name] for name in p}
+        got = entry(arrays)
+        assert got.shape == np.broadcast_shapes(batch_p, batch_q)
+        if got.size:
+            entry.check(got, arrays)
+
+
+@plain
+def test_every_array_broadcasts_by_itself(entry):
+    arrays = entry.inputs("float64", (3,), 5)
+    for name in arrays:
+        mixed = {key: a if key == name else a[0] for key, a in arrays.items()}
+        entry.check(entry(mixed), mixed)
+
+
+def test_one_standard_normal_for_all():
+    loc, scale = np.random.default_rng(0).uniform(0.5, 2, (2, 7, 5))
+    zero, one = np.zeros(5), np.ones(5)
+    np.testing.assert_allclose(
+        klfast.kl_normal(loc, scale), klfast.kl_normal(loc, scale, zero, one), rtol=1e-14
+    )
+    factor = scale[..., None] * np.eye(5)
+    got = klfast.kl_mvn(loc, scale_tril_p=factor)
+    np.testing.assert_allclose(got, klfast.kl_normal(loc, scale), rtol=1e-13)
+    np.testing.assert_allclose(klfast.kl_mvn(loc, factor**2), got, rtol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("axis", range(-3, 3))
+@with_axis
+def test_axis_and_keepdims(entry, axis, dtype):
+    arrays = entry.inputs(dtype, (3, 4), 5)
+    moved = {name: np.moveaxis(a, -1, axis) for name, a in arrays.items()}
+    for laid in (moved, {name: np.ascontiguousarray(a) for name, a in moved.items()}):
+        got = entry(laid, axis=axis)
+        entry.check(got, arrays)
+        kept = entry(laid, axis=axis, keepdims=True)
+        np.testing.assert_array_equal(kept, np.expand_dims(got, axis))
+        out = np.empty(kept.shape, dtype)
+        assert entry(laid, axis=axis, keepdims=True, out=out) is out
+        np.testing.assert_array_equal(out, kept)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_normal_per_element(dtype):
+    arrays = IDS["normal-scale"].inputs(dtype, (3, 4), 5)
+    got = klfast.kl_normal(**arrays, axis=())
+    assert got.shape == (3, 4, 5)
+    assert got.dtype == dtype
+    IDS["normal-scale"].check(got, {name: a[..., np.newaxis] for name, a in arrays.items()})
+    np.testing.assert_allclose(got.sum(-1), klfast.kl_normal(**arrays), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@by_id
+def test_out(entry, dtype):
+    arrays = entry.inputs(dtype, (4, 3), 5)
+    want = entry(arrays)
+    for out in (
+        np.empty((4, 3), dtype),
+        np.empty((3, 4), dtype).T,
+        np.empty((8, 6), dtype)[::-2, ::2],
+    ):
+        assert entry(arrays, out=out) is out
+        np.testing.assert_array_equal(out, want)
+    out = np.empty((), dtype)
+    assert entry({name: a[0, 0] for name, a in arrays.items()}, out=out) is out
+    assert out == want[0, 0]
+
+
+@plain
+def test_out_may_overlap_the_input(entry):
+    arrays = entry.inputs("float64", (40,), 40 if entry.core == 1 else 5)
+    want = entry(arrays)
+    name = next(iter(arrays))
+    out = arrays[name].reshape(40, -1)[:, 0]
+    entry(arrays, out=out)
+    np.testing.assert_array_equal(out, want)
+
+
+@pytest.mark.parametrize("half", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
+@by_id
+def test_half_precision_is_computed_in_single(entry, half):
+    arrays = entry.inputs("float32", (4,), min(40, entry.max_size))
+    arrays = {
+        name: (np.maximum(a, 0.01) if name in ("p", "q") else a).astype(half)
+        for name, a in arrays.items()
+    }
+    got = entry(arrays)
+    assert got.dtype == np.float32
+    entry.check(got, arrays)
+    single = {name: a.astype(np.float32) for name, a in arrays.items()}
+    np.testing.assert_array_equal(got, entry(single))
+
+
+@pytest.mark.parametrize("dtype", [*np.typecodes["AllInteger"], "?"])
+@plain
+def test_integers_give_double(entry, dtype):
+    rng = np.random.default_rng(0)
+    arrays = entry.inputs("float64", (3,), 4)
+    for name, a in arrays.items():
+        whole = np.ones(a.shape) if name.startswith(("scale", "p", "q")) else np.zeros(a.shape)
+        if dtype != "?":
+            whole = rng.integers(1, 9, a.shape)
+        arrays[name] = (np.tril(whole) if name.startswith("scale_tril") else whole).astype(dtype)
+    got = entry(arrays)
+    assert got.dtype == np.float64
+    entry.check(got, arrays)
+
+
+MIXED = [
+    ("f4", "f8"),
+    ("f4", "i8"),
+    ("f4", "i1"),
+    ("f2", "f4"),
+    ("f2", "f8"),
+    ("f2", "i2"),
+    ("i4", "u1"),
+    ("f4", ">f4"),
+]
+
+
+@pytest.mark.parametrize("pair", MIXED, ids=str)
+@plain
+def test_mixed_dtypes_promote(entry, pair):
+    arrays = entry.inputs("float64", (3,), 4)
+    for flip in (1, -1):
+        first, second = (np.dtype(d) for d in pair[::flip])
+        mixed = {name: np.round(2 + np.abs(a)).astype(first) for name, a in arrays.items()}
+        for name in list(mixed)[1:]:
+            mixed[name] = mixed[name].astype(second)
+        got = entry(mixed)
+        want = np.result_type(first, second)
+        assert got.dtype == (
+            np.float64 if want.kind in "iu" else np.promote_types(want, np.float32)
+        )
+        entry.check(got, mixed)
+
+
+def test_pandas_and_xarray():
+    arrays = IDS["discrete"].inputs("float64", (4,), 3)
+    want = klfast.kl_discrete(**arrays)
+    frames = {name: pd.DataFrame(a) for name, a in arrays.items()}
+    np.testing.assert_array_equal(np.asarray(klfast.kl_discrete(**frames)), want)
+    first = {name: frame.iloc[0] for name, frame in frames.items()}
+    assert np.asarray(klfast.kl_discrete(**first)) == want[0]
+    p, q = (xr.DataArray(a, dims=("row", "k")) for a in arrays.values())
+    got = xr.apply_ufunc(klfast.kl_discrete, p, q, input_core_dims=[["k"], ["k"]])
+    assert got.dims == ("row",)
+    np.testing.assert_array_equal(got, want)
+
+
+@dask.delayed
+def explode():
+    raise RuntimeError("computed too early")
+
+
+@plain
+def test_dask_stays_lazy(entry):
+    arrays = entry.inputs("float32", (6,), 5)
+    chunked = {name: da.from_array(a, chunks=(2, *a.shape[1:])) for name, a in arrays.items()}
+    got = entry(chunked)
+    assert isinstance(got, da.Array)
+    assert got.dtype == np.float32
+    assert got.shape == (6,)
+    np.testing.assert_array_equal(got.compute(), entry(arrays))
+    one_lazy = {
+        name: chunked[name] if name == list(arrays)[-1] else a for name, a in arrays.items()
+    }
+    np.testing.assert_array_equal(entry(one_lazy).compute(), entry(arrays))
+    unready = {
+        name: da.from_delayed(explode(), a.shape, dtype=a.dtype) for name, a in arrays.items()
+    }
+    assert isinstance(entry(unready), da.Array)
+
+
+def test_dask_options():
+    arrays = IDS["discrete"].inputs("float64", (6,), 5)
+    p, q = (da.from_array(a, chunks=(3, 5)) for a in arrays.values())
+    for options in ({"base": 2}, {"normalize": False}, {"axis": 1}):
+        got = klfast.kl_discrete(p, q, **options)
+        assert isinstance(got, da.Array), options
+        np.testing.assert_array_equal(
+            got.compute(), klfast.kl_discrete(**arrays, **options), err_msg=str(options)
+        )
+    a, b = da.log(p), da.log(q)
+    got = klfast.kl_categorical(a, b, temperature=2.0)
+    assert isinstance(got, da.Array)
+    np.testing.assert_allclose(
+        got.compute(), klfast.kl_categorical(a.compute(), b.compute(), temperature=2.0)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["rows", "strided", "axis 0", "shared q"])
+@plain
+def test_no_temporaries(entry, dtype, layout):
+    if layout == "axis 0" and entry.core == 2:
+        pytest.skip("has no axis")
+    size = min(1000, entry.max_size)
+    names = entry.inputs(dtype, (), 2)
+    count = (
+        64_000_000
+        // np.dtype(dtype).itemsize
+        // sum(size ** entry.core_axes(name) for name in names)
+    )
+    few = entry.inputs(dtype, (50,), size)
+    arrays = {name: np.resize(a, (count, *a.shape[1:])) for name, a in few.items()}
+    options = {}
+    if layout == "strided":
+        arrays = {name: a[::-2] for name, a in arrays.items()}
+    if layout == "axis 0":
+        arrays, options = {name: np.asfortranarray(a).T for name, a in arrays.items()}, {"axis": 0}
+    if layout == "shared q":
+        arrays = {name: a[0] if name.endswith("q") else a for name, a in arrays.items()}
+    entry(arrays, **options)
+    tracemalloc.start()
+    try:
+        got = entry(arrays, **options)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1_000_000 + 2 * got.nbytes, f"{peak} bytes"
