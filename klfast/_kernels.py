@@ -1,1 +1,57 @@
-from klfast._kernels_avx2 import gufuncs
+"""The one gate to compiled code: imports the kernels for this processor's instruction set.
+
+The same source is compiled once for each instruction set. The best that the processor runs is
+taken; the environment variable KLFAST_ISA (baseline, avx2, avx512) forces another.
+
+What Python owes the gufuncs: operands of a registered dtype (float16, float32, float64; the
+temperature float64; bfloat16 as the uint16 of its bits, to the gufuncs named for it), arguments
+that make sense. What they owe: every row's result by the documented table of edge cases, and
+NumPy's "invalid" condition where a row is NaN because of a bad value.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+from klfast import _cpu
+
+
+def _built() -> list[str]:
+    """The instruction sets that the package was built for and the processor runs."""
+    return [
+        isa
+        for isa in _cpu.available()
+        if importlib.util.find_spec(f"klfast._kernels_{isa}") is not None
+    ]
+
+
+def _chosen() -> str:
+    forced = os.environ.get("KLFAST_ISA")
+    if not forced:
+        return available[-1]
+    if forced not in available:
+        raise ImportError(
+            f"KLFAST_ISA is {forced!r}, but this processor and this build of klfast offer "
+            f"{', '.join(available)}: set it to one of these, or not at all"
+        )
+    return forced
+
+
+available: list[str] = _built()
+isa: str = _chosen()
+_module = importlib.import_module(f"klfast._kernels_{isa}")
+
+gufuncs: dict[str, Callable[..., Any]] = _module.gufuncs
+set_threads: Callable[..., None] = _module.set_threads
+get_threads: Callable[[], tuple[int, int]] = _module.get_threads
+build: Callable[[], dict[str, Any]] = _module.build
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_module.before_fork,
+        after_in_parent=_module.after_fork,
+        after_in_child=_module.after_fork,
+    )

@@ -118,7 +118,7 @@ def kl_categorical(
     Parameters
     ----------
     logits_p, logits_q : array_like, shape (..., K)
-        Unnormalised log-probabilities; −inf stands for probability 0, +inf or NaN makes its row NaN.
+        Unnormalised log-probabilities; −inf is probability 0, +inf or NaN makes its row NaN.
     axis : int
         The axis of length K.
     keepdims : bool
@@ -237,8 +237,8 @@ def kl_mvn(
     loc_p, loc_q : array_like, shape (..., D)
         Means μ; `loc_q` left out is 0.
     cov_p, cov_q, scale_tril_p, scale_tril_q : array_like, shape (..., D, D)
-        Covariance Σ or its lower Cholesky factor L, Σ = L Lᵀ, one of the two a side; for Q none means I.
-        Only the lower triangle is read.
+        Covariance Σ or its lower Cholesky factor L, Σ = L Lᵀ, one of the two a side; for Q none
+        means I. Only the lower triangle is read.
     errors : {"raise", "nan"}
         What to do about a covariance that is not positive definite.
     out : ndarray, optional

@@ -1,5 +1,3 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
-# cython: initializedcheck=False, embedsignature=True
 """The hallway: hangs every row kernel up as a NumPy gufunc.
 
 Compiled once for each instruction set, under a module name of its own; `klfast._kernels` picks

@@ -53,9 +53,11 @@ cdef extern from "mvn.h" nogil:
     double panels_divergence "mvn_panels_divergence"(
         const double *x, const double *y, double *t, double squares, npy_intp n)
 
-# Above this, a lane's matrices leave the cache and one matrix alone fills the vectors as well.
+# Up to LANES_LIMIT rows, items in lanes are faster than one by one; from PANELS_START rows on, a
+# few items left over are faster one by one than in a group that is half empty.
 cdef enum:
-    LANES_LIMIT = 24
+    LANES_LIMIT = 48
+    PANELS_START = 16
 
 ctypedef struct Side:
     # One of the two distributions of every item: addresses and strides in bytes.
@@ -118,7 +120,10 @@ cdef inline double *aligned(void *memory) noexcept nogil:
 
 cdef inline void lanes_load(double *a, const Side *s, npy_intp first, npy_intp last, npy_intp n,
                             npy_intp stride, bint loc_only, real type_tag) noexcept nogil:
-    """[mu | L] of the items from `first` on; beyond the last one, the last one again."""
+    """[mu | L] of the items from `first` on; beyond the last one, the last one again.
+
+    An odd number of rows gets one more, of an identity matrix: it adds nothing.
+    """
     cdef char *loc[16]
     cdef char *matrix[16]
     cdef npy_intp i, j, lane, item
@@ -136,6 +141,11 @@ cdef inline void lanes_load(double *a, const Side *s, npy_intp first, npy_intp l
         for j in range(i + 1):
             for lane in range(LANES):
                 row[(j + 1) * LANES + lane] = (<real *> (matrix[lane] + i * s.row + j * s.column))[0]
+    if n % 2 == 1:
+        row = a + n * stride * LANES
+        for j in range(n + 2):
+            for lane in range(LANES):
+                row[j * LANES + lane] = 1.0 if j == n + 1 else 0.0
 
 
 cdef inline bint lanes_improper(const double *x, const double *y, npy_intp lane, npy_intp n) noexcept nogil:
@@ -170,10 +180,6 @@ cdef inline int lanes_rows(const Batch *batch, npy_intp first, npy_intp last, co
     cdef bint fresh
     cdef int status = 0
     memset(factor_p, 0, length * sizeof(double))
-    for lane in range(LANES):
-        if even > n:
-            factor_p[(n * stride + n + 1) * LANES + lane] = 1.0
-            factor_q[(n * stride + n + 1) * LANES + lane] = 1.0
     if q == NULL:
         for i in range(line):
             diagonal_q[i] = 1.0
@@ -302,6 +308,14 @@ cdef inline int mvn_rows(const Batch *batch, npy_intp first, npy_intp last, bint
     if not standard_q:
         q = side(batch, 1, cov_q)
         other = &q
+    cdef npy_intp alone = last - first
+    cdef int status = 0
     if n <= LANES_LIMIT:
-        return lanes_rows(batch, first, last, &p, other, n, type_tag)
-    return panels_rows(batch, first, last, &p, other, n, type_tag)
+        alone %= LANES
+        if n < PANELS_START or 2 * alone > LANES:
+            alone = 0
+    if alone < last - first:
+        status |= lanes_rows(batch, first, last - alone, &p, other, n, type_tag)
+    if alone > 0:
+        status |= panels_rows(batch, last - alone, last, &p, other, n, type_tag)
+    return status

@@ -42,9 +42,11 @@ def _by_row(row_function, *arrays, core=1):
 
 
 def kl_discrete(p, q, *, normalize=True):
-    """KL of the rows of p and q; every p > 0 needs a q > 0."""
+    """KL of the rows of p and q."""
 
     def row(p, q):
+        if any(x and not y for x, y in zip(p, q, strict=True)):
+            return np.inf, np.inf
         if p == q:
             return 0.0, 0.0
         return _accurate(lambda: normalised(p, q) if normalize else raw(p, q))
@@ -74,6 +76,8 @@ def kl_categorical(logits_p, logits_q, *, temperature=1.0):
     """KL of the softmax of the rows; −inf in both is a mask."""
 
     def row(a, b, temperature):
+        if any(x != -np.inf and y == -np.inf for x, y in zip(a, b, strict=True)):
+            return np.inf, np.inf
         if a == b:
             return 0.0, 0.0
         return _accurate(lambda: softmax_kl(a, b, arb(temperature[0])))

@@ -30,9 +30,9 @@ COMMON_FACTOR = 1e-30
 class Entry:
     """One way to call a public function.
 
-    `make(rng, shape, near)` gives the arrays by keyword in float64; `near` is None for unrelated P and Q,
-    else Q is P perturbed by that relative amount. `core` counts the axes that belong to one
-    distribution in each array, `exact` gives (value, scale) of arrays and options.
+    `make(rng, shape, near)` gives the arrays by keyword in float64; `near` is None for unrelated
+    P and Q, else Q is P perturbed by that relative amount. `core` counts the axes that belong to
+    one distribution in each array, `exact` gives (value, scale) of arrays and options.
     """
 
     id: str
@@ -85,7 +85,8 @@ def assert_close(got, want, scale, bound, arrays):
     worst = np.unravel_index(np.argmax(np.where(np.isnan(error), np.inf, error)), error.shape)
     assert error[worst] <= bound, (
         f"row {tuple(map(int, worst))}: relative error {error[worst]:.3g} > {bound:.3g}; "
-        f"got {got[worst]!r}, want {want[worst]!r}, scale {scale[worst]!r}; inputs\n{show(arrays, worst)}"
+        f"got {got[worst]!r}, want {want[worst]!r}, scale {scale[worst]!r}; "
+        f"inputs\n{show(arrays, worst)}"
     )
 
 
@@ -116,7 +117,7 @@ def make_probabilities(rng, shape, near=None):
 
 
 def make_sparse(rng, shape, near=None):
-    """Give probabilities with masks, zeros in both, and if P and Q are unrelated with zeros in p."""
+    """Give probabilities with masks, zeros in both; if P and Q are unrelated, zeros in p too."""
     p, q = _weights(rng, shape, near)
     kind = rng.random(shape)
     kind[..., 0] = 1

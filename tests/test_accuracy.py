@@ -1,4 +1,4 @@
-"""Every result within its bound of the exact value, at every scale and every length, never negative."""
+"""Every result is within its bound of the exact value, at every scale and length, and ≥ 0."""
 
 import klfast
 import mpmath

@@ -25,7 +25,7 @@ POSITIONS = [
     (5000, 0),
 ]
 
-# name: one element of p, of q, what it makes of its row (None: the rest of the row), raises "invalid"
+# one element of p and q, what it makes of its row (None: the rest of the row), raises "invalid"
 DISCRETE = {
     "p zero": (0.0, 0.3, None, False),
     "p minus zero": (-0.0, 0.3, None, False),

@@ -17,7 +17,7 @@ EYE = np.eye(2)
 
 
 def refuses(error, words, function, *args, **kwargs):
-    """Assert that the call raises `error` with all `words` in the message and leaves `out` alone."""
+    """Assert that the call raises `error` with `words` in the message and leaves `out` alone."""
     out = kwargs.get("out")
     before = out.copy() if isinstance(out, np.ndarray) else None
     with pytest.raises(error) as caught:

@@ -1,0 +1,243 @@
+"""Manners: what every public function does with its arguments before and after the gufunc.
+
+The common case (ndarrays of one floating dtype, right shapes) pays a type check and nothing else.
+Everything that is refused is refused before the gufunc writes anything, by an error that names the
+argument, what came and what was wanted; shapes are looked at only after the gufunc refused them.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from klfast import _kernels
+from klfast.threads import get_num_threads, num_threads
+
+FLOATS = frozenset("efd")
+
+
+def gufunc_for(name: str, arrays: Mapping[str, Any]) -> tuple[Callable[..., Any], list[Any]]:
+    """The gufunc and its operands: NumPy arrays or lazy ones, all of one dtype it has a loop for."""
+    operands = list(arrays.values())
+    first = operands[0]
+    if type(first) is np.ndarray and first.dtype.char in FLOATS:
+        dtype = first.dtype
+        for x in operands:
+            if type(x) is not np.ndarray or x.dtype != dtype:
+                break
+        else:
+            return _kernels.gufuncs[name], operands
+    operands = [as_array(argument, x) for argument, x in arrays.items()]
+    dtype = common_dtype(operands)
+    if dtype.name == "bfloat16":
+        return _kernels.gufuncs[name + "_bfloat16"], [x.view(np.uint16) for x in operands]
+    return _kernels.gufuncs[name], [
+        x.astype(dtype) if _dtype_of(x) != dtype else x for x in operands
+    ]
+
+
+def as_array(argument: str, x: Any) -> Any:
+    """An ndarray, a lazy array (Dask) or a Python scalar; TypeError for what klfast does not take."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(
+            f"{argument} is a masked array, which klfast does not take: mark masked entries by "
+            "weight 0 (logit -inf) on both sides, or pass .filled(...)"
+        )
+    if isinstance(x, (int, float)) and not isinstance(x, np.generic):
+        return x
+    array = x if _is_lazy(x) else _to_numpy(argument, x)
+    if array.dtype.name != "bfloat16" and array.dtype.char not in "efd?bBhHiIlLqQ":
+        raise TypeError(
+            f"{argument} has dtype {array.dtype}; wanted float16, bfloat16, float32, float64, "
+            "an integer type or bool"
+        )
+    return array
+
+
+def common_dtype(operands: Sequence[Any]) -> np.dtype[Any]:
+    """NumPy's promotion; integers go to float64, and bfloat16 among others to float32 first."""
+    dtypes = [_dtype_of(x) for x in operands]
+    arrays = [d for d in dtypes if isinstance(d, np.dtype)]
+    halves = [d.name == "bfloat16" for d in arrays]
+    if arrays and all(halves) and not any(_is_lazy(x) or np.isscalar(x) for x in operands):
+        return arrays[0]
+    wide: list[Any] = [
+        np.dtype(np.float32) if isinstance(d, np.dtype) and d.name == "bfloat16" else d
+        for d in dtypes
+    ]
+    common = np.result_type(*wide)
+    return np.dtype(np.float64) if common.kind in "biu" else common
+
+
+def _dtype_of(x: Any) -> Any:
+    """A dtype, or the Python scalar itself, whose dtype bends to the others'."""
+    return x.dtype if hasattr(x, "dtype") else x
+
+
+def _is_lazy(x: Any) -> bool:
+    return hasattr(x, "__array_ufunc__") and hasattr(x, "dask")
+
+
+def _to_numpy(argument: str, x: Any) -> np.ndarray[Any, Any]:
+    try:
+        return np.asarray(x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{argument} cannot be made an array: {error}") from error
+
+
+def check_base(base: Any) -> float:
+    """log(base), by which nats are divided."""
+    try:
+        value = float(base)
+    except (TypeError, ValueError):
+        raise TypeError(f"base must be a number, got {type(base).__name__}") from None
+    if not 0 < value < math.inf or value == 1:
+        raise ValueError(f"base must be a positive finite number other than 1, got {base}")
+    return math.log(value)
+
+
+def check_out(out: Any, keepdims: bool, axis: int) -> Any:
+    """The array the gufunc writes to: `out`, without the axis that keepdims leaves in."""
+    if isinstance(out, tuple) and len(out) == 1:
+        out = out[0]
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out must be a numpy.ndarray, got {type(out).__name__}")
+    if not out.flags.writeable:
+        raise ValueError("out is read-only; wanted a writeable array")
+    if not keepdims:
+        return out
+    if out.ndim == 0 or not -out.ndim <= axis < out.ndim or out.shape[axis] != 1:
+        raise ValueError(
+            f"out has shape {out.shape}; with keepdims=True wanted length 1 along axis {axis}"
+        )
+    return np.squeeze(out, axis)
+
+
+def reduce(
+    name: str,
+    arrays: Mapping[str, Any],
+    *,
+    extra: tuple[Any, ...] = (),
+    axis: int = -1,
+    keepdims: bool = False,
+    base: float | None = None,
+    out: Any = None,
+) -> Any:
+    """Call the gufunc `name` over one core axis of `arrays`; `extra` operands have no core axis."""
+    log_base = None if base is None else check_base(base)
+    gufunc, operands = gufunc_for(name, arrays)
+    if axis == -1 and out is None and not keepdims and log_base is None:
+        try:
+            if operands[0].ndim <= 2 and operands[1].ndim <= 2:
+                return gufunc(*operands, *extra)
+            return _call(gufunc, [*operands, *extra], len(operands), None)
+        except (ValueError, TypeError) as error:
+            raise explain(error, list(arrays), operands, extra, axis, out) from None
+    axis = check_axis(axis, arrays, operands)
+    target = None if out is None else check_out(out, keepdims, axis)
+    moved = operands if axis == -1 else [_axis_last(x, axis) for x in operands]
+    try:
+        result = _call(gufunc, [*moved, *extra], len(operands), target)
+    except (ValueError, TypeError) as error:
+        raise explain(error, list(arrays), operands, extra, axis, out) from None
+    if log_base is not None:
+        result = np.divide(result, log_base, out=target) if out is not None else result / log_base
+    if out is not None:
+        return out
+    return np.expand_dims(result, axis) if keepdims else result
+
+
+def check_axis(axis: Any, arrays: Mapping[str, Any], operands: Sequence[Any]) -> int:
+    try:
+        axis = operator.index(axis)
+    except TypeError:
+        raise TypeError(f"axis must be an integer, got {type(axis).__name__}") from None
+    for argument, x in zip(arrays, operands, strict=True):
+        if not -np.ndim(x) <= axis < np.ndim(x):
+            raise np.exceptions.AxisError(axis, np.ndim(x), f"{argument}")
+    return int(axis)
+
+
+def _axis_last(x: Any, axis: int) -> Any:
+    return np.moveaxis(x, axis, -1)
+
+
+def _call(gufunc: Any, operands: list[Any], n_core: int, out: Any) -> Any:
+    """The gufunc; in Python threads where it would arrive as many short calls.
+
+    NumPy calls a gufunc's loop once for every innermost batch axis, and the loop threads within
+    one call: a broadcast (M, 1, K) against (1, N, K) with small N would keep to one thread.
+    """
+    if any(_is_lazy(x) for x in operands):
+        return gufunc(*operands)
+    batches = [x.shape[:-1] for x in operands[:n_core]] + [np.shape(x) for x in operands[n_core:]]
+    if max(map(len, batches)) < 2:
+        return gufunc(*operands, out=out)
+    batch = np.broadcast_shapes(*batches)
+    length = operands[0].shape[-1]
+    inner, total = batch[-1] * length, math.prod(batch) * length
+    workers = min(get_num_threads(), total // 100_000)
+    if workers < 2 or inner > 100_000:
+        return gufunc(*operands, out=out)
+    if out is None:
+        out = np.empty(batch, np.float64 if operands[0].dtype == np.float64 else np.float32)
+    elif out.shape != batch:
+        return gufunc(*operands, out=out)  # which refuses it
+    split = int(np.argmax(batch[:-1]))
+
+    def part(worker: int) -> None:
+        share = slice(worker * batch[split] // workers, (worker + 1) * batch[split] // workers)
+        sliced = [
+            _slice(x, share, split - len(batch) - (i < n_core)) for i, x in enumerate(operands)
+        ]
+        with num_threads(1):
+            gufunc(*sliced, out=out[(slice(None),) * split + (share,)])
+
+    with ThreadPoolExecutor(workers) as pool:
+        tasks = [pool.submit(contextvars.copy_context().run, part, i) for i in range(workers)]
+    for task in tasks:
+        task.result()
+    return out
+
+
+def _slice(x: Any, share: slice, axis: int) -> Any:
+    """x[share] along a negative axis; where x is broadcast along it, x."""
+    if -axis > np.ndim(x) or x.shape[axis] == 1:
+        return x
+    return x[(..., share) + (slice(None),) * (-axis - 1)]
+
+
+def explain(
+    error: Exception,
+    names: Sequence[str],
+    operands: Sequence[Any],
+    extra: Sequence[Any],
+    axis: int,
+    out: Any,
+) -> Exception:
+    """The error to raise where the gufunc refused: it names arguments and shapes."""
+    shapes = [np.shape(x) for x in operands]
+    for argument, shape in zip(names, shapes, strict=True):
+        if len(shape) == 0:
+            return ValueError(f"{argument} is a scalar; wanted an array with at least one axis")
+    listed = ", ".join(f"{n} {s}" for n, s in zip(names, shapes, strict=True))
+    lengths = {s[axis] for s in shapes}
+    if len(lengths) > 1:
+        return ValueError(f"{' and '.join(names)} differ in length along axis {axis}: {listed}")
+    try:
+        batch = np.broadcast_shapes(*(np.delete(s, axis) for s in shapes), *map(np.shape, extra))
+    except ValueError:
+        also = "".join(f", temperature {np.shape(x)}" for x in extra)
+        return ValueError(f"the batch axes of {listed}{also} do not broadcast together")
+    if out is not None:
+        return ValueError(
+            f"out has shape {out.shape} and dtype {out.dtype}; wanted the batch shape {batch} and "
+            f"a floating dtype that holds the result ({error})"
+        )
+    return error

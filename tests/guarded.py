@@ -1,0 +1,78 @@
+"""Arrays that end right before a protected page, or begin right after one (run in a subprocess)."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+
+import numpy as np
+
+from registry import IDS
+
+PAGE = mmap.PAGESIZE
+
+
+class Region:
+    """Some pages of memory between two that nobody may touch."""
+
+    def __init__(self, pages):
+        self.size = pages * PAGE
+        self.memory = mmap.mmap(-1, self.size + 2 * PAGE)
+        self.start = ctypes.addressof(ctypes.c_char.from_buffer(self.memory)) + PAGE
+        protect = ctypes.CDLL(None, use_errno=True).mprotect
+        for address in (self.start - PAGE, self.start + self.size):
+            if protect(ctypes.c_void_p(address), ctypes.c_size_t(PAGE), 0):
+                raise OSError(ctypes.get_errno(), "mprotect")
+
+    def place(self, a, step, at_end):
+        """Copy `a` to where its last element ends, or its first begins, at the protected page.
+
+        `step` is the distance of neighbours along the last axis in elements; negative to go back.
+        """
+        strides = [a.itemsize * abs(step)]
+        for n in a.shape[:0:-1]:
+            strides.insert(0, strides[0] * n)
+        extent = sum((n - 1) * s for n, s in zip(a.shape, strides, strict=True)) + a.itemsize
+        assert extent <= self.size, (a.shape, step)
+        start = self.start + (self.size - extent if at_end else 0)
+        raw = (ctypes.c_char * extent).from_address(start)
+        view = np.ndarray(a.shape, a.dtype, raw, 0, strides)
+        view = view[..., ::-1] if step < 0 else view
+        view[...] = a
+        return view
+
+
+def run(entry_id, sizes, dtypes):
+    """Call one entry with all its arrays at the edge, for every size, dtype, stride and side."""
+    entry = IDS[entry_id]
+    regions = [Region(24) for _ in range(4)]
+    for dtype in dtypes:
+        for size in sizes:
+            rows = [(), (3,), (9,)] if entry.core == 1 or size < 10 else [(2,)]
+            for batch in rows:
+                arrays = entry.inputs("float32", batch, size)
+                arrays = {
+                    name: (np.clip(a, 0.01, 1000) if name in "pq" else a).astype(dtype)
+                    for name, a in arrays.items()
+                }
+                want = entry(arrays)
+                for step in (1, 2, -1, -3):
+                    for at_end in (True, False):
+                        print(entry_id, np.dtype(dtype), size, batch, step, at_end, flush=True)
+                        placed = {
+                            name: region.place(a, step, at_end)
+                            for region, (name, a) in zip(regions, arrays.items(), strict=False)
+                        }
+                        np.testing.assert_allclose(entry(placed), want, rtol=3e-5, atol=1e-30)
+
+
+if __name__ == "__main__":
+    import ml_dtypes
+
+    size_limit = IDS[sys.argv[1]].max_size
+    run(
+        sys.argv[1],
+        [size for size in [*range(1, 71), 127, 255, 257, 1000] if size <= size_limit],
+        [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, np.int32],
+    )

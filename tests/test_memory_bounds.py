@@ -1,0 +1,25 @@
+"""No vector tail reads beyond the end of an array, nor before its beginning."""
+
+import subprocess
+import sys
+
+import pytest
+
+import fresh
+import guarded
+from registry import ENTRIES
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs mprotect")
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.id)
+def test_no_access_out_of_bounds(entry):
+    done = subprocess.run(
+        [sys.executable, guarded.__file__, entry.id],
+        env=fresh.environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    last = done.stdout.splitlines()[-1:]
+    assert done.returncode == 0, f"exit {done.returncode} at {last}\n{done.stderr}"

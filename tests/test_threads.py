@@ -1,0 +1,261 @@
+"""Threads: how many, the same bits from any number, and no harm to anybody else."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import klfast
+import numpy as np
+import pytest
+
+import fresh
+from registry import DTYPES, ENTRIES, IDS, PLAIN
+
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX only")
+ASK = "import klfast; print(klfast.get_num_threads())"
+
+
+def default_threads(**variables):
+    return int(fresh.run(ASK, **variables))
+
+
+def test_default_is_at_most_the_cpus():
+    assert 1 <= default_threads() <= CPUS
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs CPU affinity")
+def test_default_follows_the_affinity():
+    one = min(os.sched_getaffinity(0))
+    assert fresh.run(f"import os; os.sched_setaffinity(0, [{one}]); {ASK}").strip() == "1"
+
+
+@pytest.mark.parametrize("name", ["KLFAST_NUM_THREADS", "OMP_NUM_THREADS"])
+def test_variables_lower_the_default(name):
+    full = default_threads()
+    assert default_threads(**{name: "1"}) == 1
+    assert default_threads(**{name: "2"}) == min(2, full)
+    assert default_threads(**{name: "1000"}) == full
+    assert default_threads(**{name: ""}) == full
+
+
+def test_own_variable_comes_first():
+    full = default_threads()
+    assert default_threads(KLFAST_NUM_THREADS="2", OMP_NUM_THREADS="1") in (1, min(2, full))
+    assert default_threads(KLFAST_NUM_THREADS="1", OMP_NUM_THREADS="2") == 1
+    assert default_threads(OMP_NUM_THREADS="1,2") == 1  # OpenMP's list for nested regions
+
+
+@pytest.mark.parametrize("value", ["abc", "0", "-1", "1.5"])
+def test_bad_variable_is_named(value):
+    done = fresh.attempt(ASK, KLFAST_NUM_THREADS=value)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(("ValueError", "RuntimeWarning", "UserWarning")), last
+    assert "KLFAST_NUM_THREADS" in last
+    assert value in last
+
+
+@pytest.fixture
+def restored():
+    before = klfast.get_num_threads()
+    yield before
+    klfast.set_num_threads(before)
+
+
+def test_a_number_asked_for_is_obeyed(restored):
+    for n in (1, 2, 3, 64, np.int64(5)):
+        klfast.set_num_threads(n)
+        assert klfast.get_num_threads() == n
+
+
+@pytest.mark.parametrize(
+    ("n", "error"),
+    [
+        (0, ValueError),
+        (-1, ValueError),
+        (10**12, (ValueError, OverflowError)),
+        (1.5, TypeError),
+        ("2", TypeError),
+        ([2], TypeError),
+    ],
+)
+def test_bad_numbers(n, error, restored):
+    with pytest.raises(error, match="thread"):
+        klfast.set_num_threads(n)
+    with pytest.raises(error, match="thread"), klfast.num_threads(n):
+        pass
+    assert klfast.get_num_threads() == restored
+
+
+def test_context_manager_restores(restored):
+    with klfast.num_threads(2):
+        assert klfast.get_num_threads() == 2
+        with klfast.num_threads(7):
+            assert klfast.get_num_threads() == 7
+        assert klfast.get_num_threads() == 2
+    assert klfast.get_num_threads() == restored
+    with pytest.raises(KeyError), klfast.num_threads(3):
+        raise KeyError
+    assert klfast.get_num_threads() == restored
+
+
+def with_threads(n, call):
+    with klfast.num_threads(n):
+        return np.asarray(call())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.id)
+def test_same_bits_for_any_number(entry, dtype):
+    shapes = [((1,), 3_000_000), ((3,), 400_000), ((997,), 1000), ((100_000,), 7)]
+    if entry.core == 2:
+        shapes = [((20_000,), 4), ((2_000,), 17), ((100_001,), 2)]
+    for batch, size in shapes:
+        few = entry.inputs(dtype, (min(batch[0], 100),), min(size, 10_000), near=0.3)
+        arrays = {
+            name: np.resize(a, (*batch, *[size] * entry.core_axes(name)))
+            if size > 10_000
+            else np.resize(a, (*batch, *a.shape[1:]))
+            for name, a in few.items()
+        }
+        one = with_threads(1, lambda a=arrays: entry(a))
+        for n in (2, 3):
+            np.testing.assert_array_equal(with_threads(n, lambda a=arrays: entry(a)), one)
+
+
+@pytest.mark.parametrize("entry", PLAIN, ids=lambda e: e.id)
+def test_same_bits_for_all_pairs(entry):
+    size = min(300, entry.max_size)
+    p, q = entry.inputs("float32", (60, 1), size), entry.inputs("float32", (1, 70), size)
+    arrays = {name: (p if name.endswith("p") else q)[name] for name in p}
+    one = with_threads(1, lambda: entry(arrays))
+    assert one.shape == (60, 70)
+    for n in (2, 3):
+        np.testing.assert_array_equal(with_threads(n, lambda: entry(arrays)), one)
+    single = {name: a.squeeze()[5] for name, a in arrays.items()}
+    assert entry(single) == one[5, 5]
+
+
+def test_many_more_threads_than_work():
+    arrays = IDS["discrete"].inputs("float64", (3,), 200_000)
+    one = with_threads(1, lambda: IDS["discrete"](arrays))
+    np.testing.assert_array_equal(with_threads(50, lambda: IDS["discrete"](arrays)), one)
+
+
+LONG = 40_000_000  # elements of a row that takes no memory: some 0.1 s
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("function", [klfast.kl_discrete, klfast.kl_categorical])
+def test_gil_is_released_for_one_long_row(function, threads):
+    a = np.broadcast_to(np.float64(0.5), LONG)
+    ticks, stop = [], threading.Event()
+
+    def tick():
+        while not stop.wait(0.001):
+            ticks.append(time.perf_counter())
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    try:
+        with klfast.num_threads(threads):
+            start = time.perf_counter()
+            function(a, a)
+            end = time.perf_counter()
+    finally:
+        stop.set()
+        ticker.join()
+    inside = [t for t in ticks if start + 0.01 < t < end - 0.01]
+    assert end - start > 0.04, "too short a call to tell"
+    assert len(inside) >= 3, f"{len(inside)} ticks in {end - start:.3f} s"
+
+
+def test_concurrent_calls_agree():
+    cases = [(entry, entry.inputs("float32", (4000,), min(100, e.max_size)))
+             for e in PLAIN for entry in [e]]  # fmt: skip
+    want = [entry(arrays) for entry, arrays in cases]
+    with ThreadPoolExecutor(6) as pool:
+        jobs = [(i, pool.submit(cases[i][0], cases[i][1])) for i in list(range(len(cases))) * 12]
+        for i, job in jobs:
+            np.testing.assert_array_equal(job.result(timeout=60), want[i])
+
+
+def test_thread_count_of_a_with_block_stays_in_its_thread_or_is_restored(restored):
+    def work(n):
+        for _ in range(50):
+            with klfast.num_threads(n):
+                assert klfast.get_num_threads() == n
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, [1, 2, 3, 4]))
+    assert klfast.get_num_threads() == restored
+
+
+LIMITS = """
+    import sys, time
+    import numpy as np, threadpoolctl, klfast
+    klfast_runtimes = [m for m in threadpoolctl.threadpool_info() if m["user_api"] == "openmp"]
+    if not klfast_runtimes:
+        print("no OpenMP"); sys.exit()
+    a = np.broadcast_to(np.float64(0.5), 40_000_000)
+    with threadpoolctl.threadpool_limits(1):
+        cpu, wall = time.process_time(), time.perf_counter()
+        klfast.kl_discrete(a, a)
+        print((time.process_time() - cpu) / (time.perf_counter() - wall))
+"""
+
+
+def test_threadpoolctl_limits_threads():
+    printed = fresh.run(LIMITS).strip()
+    if printed == "no OpenMP":
+        pytest.skip(printed)
+    assert float(printed) < 1.3, "more than one thread was at work"
+
+
+INTERRUPTED = """
+    import sys, time
+    import numpy as np, klfast
+    klfast.set_num_threads(int(sys.argv[1]))
+    shape = {"row": (10**11,), "rows": (10**8, 1000)}[sys.argv[2]]
+    a = np.broadcast_to(np.float32(0.5), shape)
+    out = np.empty(shape[:-1], np.float32)
+    print("ready", flush=True)
+    try:
+        klfast.kl_discrete(a, a, out=out)
+    except KeyboardInterrupt:
+        assert klfast.kl_discrete([0.5, 0.5], [0.5, 0.5]) == 0
+        b = np.broadcast_to(np.float32(0.5), 3_000_000)
+        assert klfast.kl_discrete(b, b) == 0
+        print("interrupted", flush=True)
+"""
+
+
+@posix
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", ["row", "rows"])
+def test_ctrl_c_answers_soon(shape, threads):
+    child = subprocess.Popen(
+        fresh.command(INTERRUPTED, threads, shape),
+        env=fresh.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert child.stdout.readline() == "ready\n", child.stderr.read()
+        time.sleep(0.6)
+        start = time.perf_counter()
+        child.send_signal(signal.SIGINT)
+        printed, errors = child.communicate(timeout=30)
+        waited = time.perf_counter() - start
+    finally:
+        child.kill()
+        child.wait()
+    assert printed == "interrupted\n", errors
+    assert waited < 1.5, f"{waited:.2f} s"
