@@ -11,6 +11,7 @@ from klfast import config, reference, threads
 from klfast.categorical import kl_categorical
 from klfast.config import show_config
 from klfast.discrete import kl_discrete
+from klfast.normal import kl_normal
 from klfast.threads import get_num_threads, num_threads, set_num_threads
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "get_num_threads",
     "kl_categorical",
     "kl_discrete",
+    "kl_normal",
     "num_threads",
     "reference",
     "set_num_threads",

@@ -12,6 +12,7 @@ cimport numpy as cnp
 from numpy cimport npy_intp
 from gufunc cimport Kernel, gufunc_loop
 from rows cimport plan_rows, reduce_rows_f32, reduce_rows_f64
+from normal cimport Spread
 from sums cimport Family, Format
 
 cnp.import_array()
@@ -45,7 +46,7 @@ cdef void loop(char **operands, const npy_intp *dimensions, const npy_intp *step
 
 # NumPy keeps pointers into these for as long as a gufunc lives.
 cdef enum:
-    MAX_LOOPS = 64
+    MAX_LOOPS = 96
 cdef Kernel kernels[MAX_LOOPS]
 cdef cnp.PyUFuncGenericFunction loops[MAX_LOOPS]
 cdef void *data[MAX_LOOPS]
@@ -85,32 +86,37 @@ FORMATS = (  # format, dtype of operands, dtype of the result; bfloat16 comes as
 BFLOAT16 = ((<int> Format.BFLOAT16, "H", "f"),)
 
 
-cdef object row_gufunc(str name, str signature, Family family, bint normalize, tuple formats):
-    """Discrete and categorical."""
+cdef object row_gufunc(str name, str signature, Family family, tuple formats, bint normalize=True,
+                       int spread_p=0, int spread_q=0):
+    """Families that sum over the elements of a row. Where the sides of a normal give different
+    things for the variance, float32 is computed in double."""
     cdef int first_loop = n_loops, first_type = n_types
     cdef Kernel *kernel
+    cdef bint mixed = spread_p != spread_q
+    inputs = signature.count("(k)")
     extra = "d" if family == Family.CATEGORICAL else ""  # the temperature
     for form, operand, result in formats:
-        kernel = add_loop(operand + operand + extra + result)
-        kernel.rows = reduce_rows_f64 if form == <int> Format.FLOAT64 else reduce_rows_f32
+        kernel = add_loop(inputs * operand + extra + result)
+        kernel.rows = reduce_rows_f64 if mixed or operand == "d" else reduce_rows_f32
         kernel.plan = plan_rows
         kernel.family = family
-        kernel.options[0] = form
-        kernel.options[1] = normalize
-    return make_gufunc(name, signature, first_loop, first_type, 2 + len(extra))
+        kernel.options = [form, normalize, spread_p, spread_q]
+    return make_gufunc(name, signature, first_loop, first_type, inputs + len(extra))
 
 
-gufuncs = {
-    "discrete": row_gufunc("discrete", "(k),(k)->()", Family.DISCRETE, True, FORMATS),
-    "discrete_plain": row_gufunc("discrete_plain", "(k),(k)->()", Family.DISCRETE, False, FORMATS),
-    "categorical": row_gufunc("categorical", "(k),(k),()->()", Family.CATEGORICAL, True, FORMATS),
-    "discrete_bfloat16": row_gufunc(
-        "discrete_bfloat16", "(k),(k)->()", Family.DISCRETE, True, BFLOAT16),
-    "discrete_plain_bfloat16": row_gufunc(
-        "discrete_plain_bfloat16", "(k),(k)->()", Family.DISCRETE, False, BFLOAT16),
-    "categorical_bfloat16": row_gufunc(
-        "categorical_bfloat16", "(k),(k),()->()", Family.CATEGORICAL, True, BFLOAT16),
-}
+gufuncs = {}
+for suffix, formats in (("", FORMATS), ("_bfloat16", BFLOAT16)):
+    gufuncs["discrete" + suffix] = row_gufunc(
+        "discrete", "(k),(k)->()", Family.DISCRETE, formats)
+    gufuncs["discrete_plain" + suffix] = row_gufunc(
+        "discrete_plain", "(k),(k)->()", Family.DISCRETE, formats, normalize=False)
+    gufuncs["categorical" + suffix] = row_gufunc(
+        "categorical", "(k),(k),()->()", Family.CATEGORICAL, formats)
+    for spread_p, name_p in enumerate(("scale", "var", "logvar")):
+        for spread_q, name_q in enumerate(("scale", "var", "logvar")):
+            name = f"normal_{name_p}_{name_q}"
+            gufuncs[name + suffix] = row_gufunc(
+                name, "(k),(k),(k),(k)->()", Family.NORMAL, formats, True, spread_p, spread_q)
 
 
 def set_threads(*, default=None, everybody=None, here=None):

@@ -179,7 +179,7 @@ cdef inline int lanes_rows(const Batch *batch, npy_intp first, npy_intp last, co
     cdef npy_intp group, lane, i
     cdef bint fresh
     cdef int status = 0
-    memset(factor_p, 0, length * sizeof(double))
+    memset(factor_p, 0, 2 * square * sizeof(double))
     if q == NULL:
         for i in range(line):
             diagonal_q[i] = 1.0

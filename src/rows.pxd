@@ -21,6 +21,7 @@ from discrete cimport (
     discrete_hard_value, discrete_refine, plain_sum,
 )
 from gufunc cimport INVALID, NO_MEMORY, Batch, Kernel, Plan, Watch, look_for_signals
+from normal cimport normal_block, normal_columns, normal_hard_value
 from sums cimport (
     BLOCK, LANES, MAX_OPERANDS, SHORT_ROW, Family, Format, Guess, Row, Sums, divergence_of,
     element, merge, well_conditioned,
@@ -68,23 +69,29 @@ cdef inline const real *load(const Row *row, int operand, npy_intp start, int n,
     return buffer + padding
 
 
+cdef inline void load_block(const Row *row, npy_intp start, int n, real *buffer,
+                            const real **x) noexcept nogil:
+    cdef int operand
+    for operand in range(row.n_operands):
+        x[operand] = load(row, operand, start, n, buffer + operand * (BLOCK + LANES))
+
+
 cdef inline int block_length(npy_intp start, npy_intp stop) noexcept nogil:
     """No block of less than LANES at the end of a longer stretch."""
     return BLOCK if stop - start >= BLOCK + LANES else <int> (stop - start)
 
 
 cdef inline void guess_row(const Row *row, Guess *guess, real of_type) noexcept nogil:
-    cdef real buffer[2][BLOCK + LANES]
-    cdef const real *x[2]
+    cdef real buffer[MAX_OPERANDS * (BLOCK + LANES)]
+    cdef const real *x[MAX_OPERANDS]
     cdef npy_intp start = 0
     cdef int n
-    cdef bint done = False
+    cdef bint done = row.family == Family.NORMAL or not row.normalize
     while start < row.length and not done:
         n = block_length(start, row.length)
-        x[0] = load(row, 0, start, n, buffer[0])
-        x[1] = load(row, 1, start, n, buffer[1])
+        load_block(row, start, n, buffer, x)
         if row.family == Family.DISCRETE:
-            done = not row.normalize or discrete_guess(x, n, guess)
+            done = discrete_guess(x, n, guess)
         else:
             done = categorical_guess(x, n, guess)
         start += n
@@ -92,7 +99,9 @@ cdef inline void guess_row(const Row *row, Guess *guess, real of_type) noexcept 
 
 cdef inline void add_block(const Row *row, const real **x, int n, Guess *guess,
                            Sums *into) noexcept nogil:
-    if row.family == Family.DISCRETE:
+    if row.family == Family.NORMAL:
+        normal_block(x, n, row, into)
+    elif row.family == Family.DISCRETE:
         if not row.normalize:
             discrete_block(x, n, False, False, guess, into)
         elif guess.ratio == 1:
@@ -107,16 +116,15 @@ cdef inline void add_block(const Row *row, const real **x, int n, Guess *guess,
 
 cdef inline Sums sum_piece(const Row *row, npy_intp start, npy_intp stop, Guess guess,
                            real of_type) noexcept nogil:
-    cdef real buffer[2][BLOCK + LANES]
-    cdef const real *x[2]
+    cdef real buffer[MAX_OPERANDS * (BLOCK + LANES)]
+    cdef const real *x[MAX_OPERANDS]
     cdef Sums sums
     cdef int n
     sums.weight = sums.divergence = sums.excess = sums.direct = 0
     sums.doubtful = False
     while start < stop:
         n = block_length(start, stop)
-        x[0] = load(row, 0, start, n, buffer[0])
-        x[1] = load(row, 1, start, n, buffer[1])
+        load_block(row, start, n, buffer, x)
         add_block(row, x, n, &guess, &sums)
         start += n
     sums.peak = guess.peak
@@ -169,6 +177,18 @@ cdef inline bint is_sound(const Sums *sums) noexcept nogil:
     return not sums.doubtful and isfinite(sums.weight + sums.divergence + sums.excess)
 
 
+cdef inline bint finish(const Row *row, const Sums *sums, double *value) noexcept nogil:
+    """The value that the sums stand for; False when it is ill-conditioned."""
+    if row.family == Family.NORMAL:
+        value[0] = sums.divergence
+        return True
+    if not row.normalize:
+        value[0] = plain_sum(sums)
+        return True
+    value[0] = divergence_of(sums)
+    return well_conditioned(sums)
+
+
 cdef inline bint fast_value(const Row *row, Watch *watch, double *value,
                             real of_type) noexcept nogil:
     """The value by the fast formulas; False when they cannot vouch for it."""
@@ -182,11 +202,7 @@ cdef inline bint fast_value(const Row *row, Watch *watch, double *value,
         sums = sum_row(row, &guess, watch, of_type)
         if not is_sound(&sums):
             return False
-        if not row.normalize:
-            value[0] = plain_sum(&sums)
-            return True
-        value[0] = divergence_of(&sums)
-        if well_conditioned(&sums):
+        if finish(row, &sums, value):
             return True
         if attempt == 0 and not refine(row, &sums, &guess):
             return False
@@ -201,6 +217,8 @@ cdef inline double row_value(const Row *row, Watch *watch, int *status,
     if real is float:
         if fast_value(row, watch, &value, <double> 0):
             return value
+    if row.family == Family.NORMAL:
+        return normal_hard_value(row, status)
     if row.family == Family.DISCRETE:
         return discrete_hard_value(row, status)
     return categorical_hard_value(row, status)
@@ -250,7 +268,7 @@ cdef inline void load_strip(const Row *rows, npy_intp start, real *buffer, const
                             npy_intp *step, int *n) noexcept nogil:
     cdef int operand
     n[0] = <int> min(<npy_intp> STRIP, rows[0].length - start)
-    for operand in range(2):
+    for operand in range(rows[0].n_operands):
         x[operand] = columns(
             rows, operand, start, n[0], buffer + operand * STRIP * LANES, &step[operand])
 
@@ -260,7 +278,9 @@ cdef inline void add_columns(const Row *row, const real **x, const npy_intp *ste
     """As add_block, for n columns of LANES rows."""
     cdef int lane
     cdef bint scaled = False
-    if row.family == Family.DISCRETE:
+    if row.family == Family.NORMAL:
+        normal_columns(x, step, n, row, into)
+    elif row.family == Family.DISCRETE:
         for lane in range(LANES):
             scaled |= guesses[lane].ratio != 1
         if not row.normalize:
@@ -279,9 +299,9 @@ cdef inline void rows_side_by_side(const Row *rows, int used, double *values, Wa
                                    int *status, real of_type) noexcept nogil:
     """The values of LANES rows, of which the first `used` count. What a lane cannot vouch for is
     left to row_value, so that no row's bits depend on its neighbours."""
-    cdef real buffer[2 * STRIP * LANES]
-    cdef const real *x[2]
-    cdef npy_intp step[2]
+    cdef real buffer[MAX_OPERANDS * STRIP * LANES]
+    cdef const real *x[MAX_OPERANDS]
+    cdef npy_intp step[MAX_OPERANDS]
     cdef npy_intp start
     cdef int n, lane
     cdef Guess guesses[LANES]
@@ -294,10 +314,9 @@ cdef inline void rows_side_by_side(const Row *rows, int used, double *values, Wa
         sums[lane].weight = sums[lane].divergence = sums[lane].excess = sums[lane].direct = 0
         sums[lane].doubtful = False
     load_strip(rows, 0, buffer, x, step, &n)
-    if rows[0].family == Family.DISCRETE:
-        if rows[0].normalize:
-            discrete_guess_columns(x, step, n, guesses)
-    else:
+    if rows[0].family == Family.DISCRETE and rows[0].normalize:
+        discrete_guess_columns(x, step, n, guesses)
+    elif rows[0].family == Family.CATEGORICAL:
         guess_logits(rows, buffer, guesses, trusted)
         load_strip(rows, 0, buffer, x, step, &n)
     start = 0
@@ -308,11 +327,8 @@ cdef inline void rows_side_by_side(const Row *rows, int used, double *values, Wa
             break
         load_strip(rows, start, buffer, x, step, &n)
     for lane in range(used):
-        if (trusted[lane] and is_sound(&sums[lane]) and rows[lane].length
-                and (not rows[lane].normalize or well_conditioned(&sums[lane]))):
-            values[lane] = (divergence_of(&sums[lane]) if rows[lane].normalize
-                            else plain_sum(&sums[lane]))
-        else:
+        if not (trusted[lane] and is_sound(&sums[lane])
+                and finish(&rows[lane], &sums[lane], &values[lane])):
             values[lane] = row_value(&rows[lane], watch, status, of_type)
 
 
@@ -341,10 +357,12 @@ cdef inline void guess_logits(const Row *rows, real *buffer, Guess *guesses,
 cdef inline Row row_at(const Batch *batch, npy_intp index, const Kernel *kernel) noexcept nogil:
     cdef Row row
     cdef int operand
-    row.family, row.format, row.normalize = (
-        kernel.family, kernel.options[0], kernel.options[1])
+    row.family, row.format = kernel.family, kernel.options[0]
+    row.normalize = kernel.options[1]
+    row.spread_p, row.spread_q = kernel.options[2], kernel.options[3]
+    row.n_operands = 4 if row.family == Family.NORMAL else 2
     row.length = batch.core[0]
-    for operand in range(2):
+    for operand in range(row.n_operands):
         row.data[operand] = batch.operands[operand] + index * batch.outer[operand]
         row.step[operand] = batch.inner[operand]
     row.inverse_temperature = 1
@@ -362,13 +380,13 @@ cdef inline bint across(const Batch *batch, const Kernel *kernel) noexcept nogil
     """Whether to compute LANES rows side by side."""
     cdef npy_intp size = item_size(kernel.options[0])
     return 0 < batch.core[0] < SHORT_ROW or (
-        batch.outer[0] == size and batch.outer[1] == size and batch.inner[0] != size)
+        batch.outer[0] == size and batch.inner[0] != size)
 
 
 cdef inline Plan plan_rows(const Batch *batch, const Kernel *kernel) noexcept nogil:
     cdef Plan plan
     cdef double element_ns = 0.7 if kernel.options[0] == Format.FLOAT64 else 0.4
-    if kernel.family == Family.CATEGORICAL:
+    if kernel.family != Family.DISCRETE:
         element_ns *= 2
     plan.row_ns = 20 + batch.core[0] * element_ns
     plan.group = LANES if across(batch, kernel) else 1
@@ -378,7 +396,7 @@ cdef inline Plan plan_rows(const Batch *batch, const Kernel *kernel) noexcept no
 
 cdef inline int reduce_rows(const Batch *batch, npy_intp first, npy_intp last,
                             const Kernel *kernel, Watch *watch, real of_type) noexcept nogil:
-    cdef int n_inputs = 3 if kernel.family == Family.CATEGORICAL else 2
+    cdef int n_inputs = kernel.n_operands - 1
     cdef char *out = batch.operands[n_inputs]
     cdef npy_intp out_step = batch.outer[n_inputs], index
     cdef int status = 0, lane
@@ -394,7 +412,10 @@ cdef inline int reduce_rows(const Batch *batch, npy_intp first, npy_intp last,
             rows_side_by_side(
                 rows, <int> min(<npy_intp> LANES, last - first), values, watch, &status, of_type)
         for lane in range(<int> min(<npy_intp> used, last - first)):
-            (<real *> (out + (first + lane) * out_step))[0] = <real> values[lane]
+            if kernel.options[0] == Format.FLOAT64:
+                (<double *> (out + (first + lane) * out_step))[0] = values[lane]
+            else:
+                (<float *> (out + (first + lane) * out_step))[0] = <float> values[lane]
         first += used
     return status
 

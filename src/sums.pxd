@@ -80,7 +80,10 @@ cdef enum:
 ctypedef struct Row:
     int family
     int format                 # how the operands lie in memory
-    bint normalize
+    int n_operands
+    bint normalize             # discrete: False for sum p log(p/q) as it stands
+    int spread_p               # normal: what stands for the variance
+    int spread_q
     double inverse_temperature
     npy_intp length
     const char *data[MAX_OPERANDS]

@@ -5,6 +5,8 @@ ctypedef fused real:
     double
 
 cdef extern from "vecmath.h" nogil:
+    float pow2_f32(float n)
+    double pow2_f64(double n)
     float exp_f32(float x)
     double exp_f64(double x)
     float phi_f32(float x)
@@ -23,6 +25,13 @@ cdef extern from "vecmath.h" nogil:
     double INFINITY
     double NAN
     double LN2 "0.6931471805599453"
+
+
+cdef inline real pow2(real n) noexcept nogil:
+    if real is float:
+        return pow2_f32(n)
+    else:
+        return pow2_f64(n)
 
 
 cdef inline real exp(real x) noexcept nogil:

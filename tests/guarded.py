@@ -46,7 +46,7 @@ class Region:
 def run(entry_id, sizes, dtypes):
     """Call one entry with all its arrays at the edge, for every size, dtype, stride and side."""
     entry = IDS[entry_id]
-    regions = [Region(24) for _ in range(4)]
+    regions = [Region(64) for _ in range(4)]
     for dtype in dtypes:
         for size in sizes:
             rows = [(), (3,), (9,)] if entry.core == 1 or size < 10 else [(2,)]

@@ -32,7 +32,7 @@ def compute(path):
 
 @pytest.fixture(scope="module", params=LEVELS)
 def level(request):
-    if request.param not in klfast.config.available():
+    if request.param not in klfast.config.describe()["isa_available"]:
         pytest.skip(f"this machine has no {request.param}")
     return request.param
 
@@ -56,8 +56,8 @@ def test_config_says_which(level):
 
 
 def test_best_is_the_default():
-    chosen = fresh.run("import klfast; print(klfast.config.isa())").strip()
-    assert chosen == klfast.config.available()[-1]
+    chosen = fresh.run("import klfast; print(klfast.config.describe()['isa'])").strip()
+    assert chosen == klfast.config.describe()["isa_available"][-1]
 
 
 def test_unknown_level_is_refused():
@@ -70,7 +70,7 @@ def test_unknown_level_is_refused():
 
 
 def test_level_of_another_machine_is_refused():
-    missing = [name for name in LEVELS if name not in klfast.config.available()]
+    missing = [name for name in LEVELS if name not in klfast.config.describe()["isa_available"]]
     for name in missing:
         done = fresh.attempt("import klfast", KLFAST_ISA=name)
         assert done.returncode == 1

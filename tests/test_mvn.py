@@ -9,8 +9,9 @@ from __future__ import annotations
 import klfast
 import mpmath
 import numpy as np
-import oracle
 import pytest
+
+import oracle
 from registry import IDS, assert_close
 
 DTYPES = ("float32", "float64")

@@ -55,7 +55,7 @@ def test_bad_variable_is_named(value):
     done = fresh.attempt(ASK, KLFAST_NUM_THREADS=value)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith(("ValueError", "RuntimeWarning", "UserWarning")), last
+    assert last.startswith(("ImportError", "ValueError")), last
     assert "KLFAST_NUM_THREADS" in last
     assert value in last
 
@@ -85,9 +85,9 @@ def test_a_number_asked_for_is_obeyed(restored):
     ],
 )
 def test_bad_numbers(n, error, restored):
-    with pytest.raises(error, match="thread"):
+    with pytest.raises(error, match=r"\bn\b"):
         klfast.set_num_threads(n)
-    with pytest.raises(error, match="thread"), klfast.num_threads(n):
+    with pytest.raises(error, match=r"\bn\b"), klfast.num_threads(n):
         pass
     assert klfast.get_num_threads() == restored
 

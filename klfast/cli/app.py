@@ -204,11 +204,11 @@ def _heading(base: float | None) -> dict[str, Any]:
 @contextmanager
 def _progress(array: Array) -> Iterator[Callable[[int], object]]:
     """Show how many rows are done: on a terminal, and when there is more than one slice of them."""
-    is_seen = sys.stderr.isatty() and array.size > rows.SLICE_VALUES
+    if array.size <= rows.SLICE_VALUES or not sys.stderr.isatty():
+        yield lambda done: None
+        return
     columns = (TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns, console=Console(stderr=True), transient=True, disable=not is_seen
-    ) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("rows", total=array.size // array.shape[-1])
         yield lambda done: bar.advance(task, done)
 
