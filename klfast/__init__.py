@@ -11,6 +11,7 @@ from klfast import config, reference, threads
 from klfast.categorical import kl_categorical
 from klfast.config import show_config
 from klfast.discrete import kl_discrete
+from klfast.mvn import kl_mvn
 from klfast.normal import kl_normal
 from klfast.threads import get_num_threads, num_threads, set_num_threads
 
@@ -19,6 +20,7 @@ __all__ = [
     "get_num_threads",
     "kl_categorical",
     "kl_discrete",
+    "kl_mvn",
     "kl_normal",
     "num_threads",
     "reference",

@@ -51,7 +51,7 @@ def as_array(argument: str, x: Any) -> Any:
         )
     if isinstance(x, (int, float)) and not isinstance(x, np.generic):
         return x
-    array = x if _is_lazy(x) else _to_numpy(argument, x)
+    array = x if is_lazy(x) else _to_numpy(argument, x)
     if array.dtype.name != "bfloat16" and array.dtype.char not in "efd?bBhHiIlLqQ":
         raise TypeError(
             f"{argument} has dtype {array.dtype}; wanted float16, bfloat16, float32, float64, "
@@ -65,7 +65,7 @@ def common_dtype(operands: Sequence[Any]) -> np.dtype[Any]:
     dtypes = [_dtype_of(x) for x in operands]
     arrays = [d for d in dtypes if isinstance(d, np.dtype)]
     halves = [d.name == "bfloat16" for d in arrays]
-    if arrays and all(halves) and not any(_is_lazy(x) or np.isscalar(x) for x in operands):
+    if arrays and all(halves) and not any(is_lazy(x) or np.isscalar(x) for x in operands):
         return arrays[0]
     wide: list[Any] = [
         np.dtype(np.float32) if isinstance(d, np.dtype) and d.name == "bfloat16" else d
@@ -80,7 +80,7 @@ def _dtype_of(x: Any) -> Any:
     return x.dtype if hasattr(x, "dtype") else x
 
 
-def _is_lazy(x: Any) -> bool:
+def is_lazy(x: Any) -> bool:
     return hasattr(x, "__array_ufunc__") and hasattr(x, "dask")
 
 
@@ -102,7 +102,17 @@ def check_base(base: Any) -> float:
     return math.log(value)
 
 
-def check_out(out: Any, keepdims: bool, axis: int) -> Any:
+def only_one(side: str, **spreads: Any) -> tuple[str, Any]:
+    """Which one of the alternatives was given for this side, and its value."""
+    given = [kind for kind, value in spreads.items() if value is not None]
+    if len(given) != 1:
+        wanted = ", ".join(f"{kind}_{side}" for kind in spreads)
+        got = " and ".join(f"{kind}_{side}" for kind in given) or "none of them"
+        raise TypeError(f"wanted exactly one of {wanted}, got {got}")
+    return given[0], spreads[given[0]]
+
+
+def check_out(out: Any, keepdims: bool = False, axis: int = -1) -> Any:
     """The array the gufunc writes to: `out`, without the axis that keepdims leaves in."""
     if isinstance(out, tuple) and len(out) == 1:
         out = out[0]
@@ -174,7 +184,7 @@ def _call(gufunc: Any, operands: list[Any], n_core: int, out: Any) -> Any:
     NumPy calls a gufunc's loop once for every innermost batch axis, and the loop threads within
     one call: a broadcast (M, 1, K) against (1, N, K) with small N would keep to one thread.
     """
-    if any(_is_lazy(x) for x in operands):
+    if any(is_lazy(x) for x in operands):
         return gufunc(*operands)
     batches = [x.shape[:-1] for x in operands[:n_core]] + [np.shape(x) for x in operands[n_core:]]
     if max(map(len, batches)) < 2:

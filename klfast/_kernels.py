@@ -12,11 +12,19 @@ NumPy's "invalid" condition where a row is NaN because of a bad value.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from typing import Any
 
-from klfast import _cpu
+try:
+    from klfast import _cpu
+except ImportError as error:
+    raise ImportError(
+        "klfast's compiled kernels are missing. Python may have found the source folder before the "
+        "installed package: start it elsewhere (pytest rather than python -m pytest), or install "
+        "with pip install -e ."
+    ) from error
 
 
 def _built() -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from klfast._arguments import as_array, common_dtype, reduce
+from klfast._arguments import as_array, common_dtype, only_one, reduce
 
 __all__ = ["kl_normal"]
 
@@ -87,10 +87,10 @@ def kl_normal(
     >>> print(klfast.kl_normal([0.0], logvar_p=[0.0], loc_q=[1.0], logvar_q=[0.0], axis=()))
     [0.5]
     """
-    kind_p, spread_p = _only_one("p", scale=scale_p, var=var_p, logvar=logvar_p)
+    kind_p, spread_p = only_one("p", scale=scale_p, var=var_p, logvar=logvar_p)
     kind_q, spread_q = kind_p, STANDARD[kind_p]
     if loc_q is not None:
-        kind_q, spread_q = _only_one("q", scale=scale_q, var=var_q, logvar=logvar_q)
+        kind_q, spread_q = only_one("q", scale=scale_q, var=var_q, logvar=logvar_q)
     elif not (scale_q is None and var_q is None and logvar_q is None):
         raise TypeError("loc_q is missing: give it with the spread of q, or leave q out for N(0, I)")
     arrays = _broadcast(
@@ -109,16 +109,6 @@ def kl_normal(
         arrays = {name: x[..., np.newaxis] for name, x in arrays.items()}
         axis = -1
     return reduce(f"normal_{kind_p}_{kind_q}", arrays, axis=axis, keepdims=keepdims, out=out)
-
-
-def _only_one(side: str, **spreads: Any) -> tuple[str, Any]:
-    """Which of scale, var and logvar was given for this side, and its value."""
-    given = [kind for kind, value in spreads.items() if value is not None]
-    if len(given) != 1:
-        wanted = ", ".join(f"{kind}_{side}" for kind in spreads)
-        got = " and ".join(f"{kind}_{side}" for kind in given) or "none of them"
-        raise TypeError(f"wanted exactly one of {wanted}, got {got}")
-    return given[0], spreads[given[0]]
 
 
 def _broadcast(arrays: dict[str, Any]) -> dict[str, Any]:

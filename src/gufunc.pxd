@@ -47,6 +47,7 @@ ctypedef struct Watch:
 
 ctypedef struct Plan:
     double row_ns          # what one row takes on one thread, roughly
+    double setup_ns        # what a task takes before its first row
     npy_intp group         # rows that are computed side by side
     bint splits_rows       # the kernel itself can spread a row over threads
 
@@ -79,7 +80,8 @@ cdef inline int run(const Batch *batch, npy_intp n, const Kernel *kernel, Plan p
     watch.threads, watch.stop, watch.next_look = threads, False, 0.0
     if total < SERIAL_NS:
         return kernel.rows(batch, 0, n, kernel, &watch)
-    cdef npy_intp length = <npy_intp> max(1.0, min(<double> TASK_NS, total / threads) / plan.row_ns)
+    cdef double task_ns = max(min(<double> TASK_NS, total / threads), 4 * plan.setup_ns)
+    cdef npy_intp length = <npy_intp> max(1.0, task_ns / plan.row_ns)
     length = (length + plan.group - 1) // plan.group * plan.group
     cdef npy_intp tasks = (n + length - 1) // length, task
     watch.next_look = seconds() + 0.05

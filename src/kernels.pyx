@@ -12,6 +12,7 @@ cimport numpy as cnp
 from numpy cimport npy_intp
 from gufunc cimport Kernel, gufunc_loop
 from rows cimport plan_rows, reduce_rows_f32, reduce_rows_f64
+from mvn_kernel cimport mvn_rows_f32, mvn_rows_f64, plan_mvn
 from normal cimport Spread
 from sums cimport Family, Format
 
@@ -117,6 +118,26 @@ for suffix, formats in (("", FORMATS), ("_bfloat16", BFLOAT16)):
             name = f"normal_{name_p}_{name_q}"
             gufuncs[name + suffix] = row_gufunc(
                 name, "(k),(k),(k),(k)->()", Family.NORMAL, formats, True, spread_p, spread_q)
+
+
+cdef object mvn_gufunc(str name, str signature, bint cov_p, bint cov_q, bint standard_q):
+    cdef int first_loop = n_loops, first_type = n_types
+    cdef Kernel *kernel
+    inputs = 2 if standard_q else 4
+    for dtype in "fd":
+        kernel = add_loop((inputs + 1) * dtype)
+        kernel.rows = mvn_rows_f64 if dtype == "d" else mvn_rows_f32
+        kernel.plan = plan_mvn
+        kernel.options = [cov_p, cov_q, standard_q, 0]
+    return make_gufunc(name, signature, first_loop, first_type, inputs)
+
+
+for name_p, cov_p in (("cov", True), ("tril", False)):
+    name = f"mvn_{name_p}_standard"
+    gufuncs[name] = mvn_gufunc(name, "(d),(d,d)->()", cov_p, False, True)
+    for name_q, cov_q in (("cov", True), ("tril", False)):
+        name = f"mvn_{name_p}_{name_q}"
+        gufuncs[name] = mvn_gufunc(name, "(d),(d,d),(d),(d,d)->()", cov_p, cov_q, False)
 
 
 def set_threads(*, default=None, everybody=None, here=None):

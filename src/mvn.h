@@ -35,11 +35,27 @@
 
 typedef double mvn_vec __attribute__((vector_size(8 * MVN_LANES), may_alias));
 
+MVN_INLINE mvn_vec mvn_ones(void) { return (mvn_vec){0} + 1.0; }
+
 MVN_INLINE mvn_vec mvn_sqrt(mvn_vec x) {
     mvn_vec root;
     for (int lane = 0; lane < MVN_LANES; lane++) root[lane] = sqrt(x[lane]);
     return root;
 }
+
+/* One element of LANES arrays, which begin at `at`, side by side. */
+#if MVN_LANES == 8
+#define MVN_GATHER(real) (mvn_vec){ \
+    MVN_AT(real, 0), MVN_AT(real, 1), MVN_AT(real, 2), MVN_AT(real, 3), \
+    MVN_AT(real, 4), MVN_AT(real, 5), MVN_AT(real, 6), MVN_AT(real, 7)}
+#elif MVN_LANES == 4
+#define MVN_GATHER(real) (mvn_vec){MVN_AT(real, 0), MVN_AT(real, 1), MVN_AT(real, 2), MVN_AT(real, 3)}
+#else
+#define MVN_GATHER(real) (mvn_vec){MVN_AT(real, 0), MVN_AT(real, 1)}
+#endif
+#define MVN_AT(real, lane) *(const real *)(at[lane] + offset)
+MVN_INLINE mvn_vec mvn_gather_f32(char *const *at, ptrdiff_t offset) { return MVN_GATHER(float); }
+MVN_INLINE mvn_vec mvn_gather_f64(char *const *at, ptrdiff_t offset) { return MVN_GATHER(double); }
 
 /* The power of two, -200, 0 or 200, that brings a positive x away from both ends of the range. */
 static inline double mvn_inward(double x) {
@@ -101,18 +117,21 @@ MVN_INLINE void mvn_lanes_eliminate(mvn_vec *a, const mvn_vec *reciprocal, ptrdi
 MVN_INLINE void mvn_lanes_cholesky(mvn_vec *a, mvn_vec *reciprocal, ptrdiff_t stride, ptrdiff_t n) {
     for (ptrdiff_t j = 0; j < n; j += 2) {
         mvn_vec *upper = a + j * stride + 1, *lower = upper + stride;
-        mvn_vec first = upper[j], below = lower[j], second = lower[j + 1];
-        for (ptrdiff_t k = 0; k < j; k++) {
-            first -= upper[k] * upper[k];
-            below -= lower[k] * upper[k];
-            second -= lower[k] * lower[k];
+        mvn_vec first[2] = {upper[j]}, below[2] = {lower[j]}, second[2] = {lower[j + 1]};
+        for (ptrdiff_t k = 0; k < j; k += 2) {
+            MVN_UNROLL for (int odd = 0; odd < 2; odd++) {
+                first[odd] -= upper[k + odd] * upper[k + odd];
+                below[odd] -= lower[k + odd] * upper[k + odd];
+                second[odd] -= lower[k + odd] * lower[k + odd];
+            }
         }
-        second -= below * (below / first);
-        upper[j] = mvn_sqrt(first);
-        lower[j + 1] = mvn_sqrt(second);
+        mvn_vec pivot = first[0] + first[1], cross = below[0] + below[1];
+        mvn_vec second_pivot = second[0] + second[1] - cross * (cross / pivot);
+        upper[j] = mvn_sqrt(pivot);
+        lower[j + 1] = mvn_sqrt(second_pivot);
         reciprocal[j] = 1.0 / upper[j];
         reciprocal[j + 1] = 1.0 / lower[j + 1];
-        lower[j] = below * reciprocal[j];
+        lower[j] = cross * reciprocal[j];
         for (ptrdiff_t i = j + 2; i < n; i += 4) mvn_lanes_eliminate(a, reciprocal, stride, i, j);
     }
 }

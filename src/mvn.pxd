@@ -26,10 +26,13 @@ from gufunc cimport Batch, INVALID, NO_MEMORY
 from vecmath cimport real
 
 cdef extern from "mvn.h" nogil:
-    ctypedef struct vec "mvn_vec"
+    ctypedef double vec "mvn_vec"  # LANES doubles
     enum:
         LANES "MVN_LANES"
         ROWS "MVN_ROWS"
+    vec gather_f32 "mvn_gather_f32"(char *const *at, npy_intp offset)
+    vec gather_f64 "mvn_gather_f64"(char *const *at, npy_intp offset)
+    vec ones "mvn_ones"()
     void lanes_cholesky "mvn_lanes_cholesky"(vec *a, vec *reciprocal, npy_intp stride, npy_intp n)
     void lanes_reciprocals "mvn_lanes_reciprocals"(
         const vec *a, vec *reciprocal, npy_intp stride, npy_intp n)
@@ -56,6 +59,8 @@ cdef extern from "mvn.h" nogil:
 # Up to LANES_LIMIT rows, items in lanes are faster than one by one; from PANELS_START rows on, a
 # few items left over are faster one by one than in a group that is half empty.
 cdef enum:
+    MOST_LANES = 8
+    MOST_ROWS = 16
     LANES_LIMIT = 48
     PANELS_START = 16
 
@@ -118,34 +123,36 @@ cdef inline double *aligned(void *memory) noexcept nogil:
 
 # ---- lanes: matrices of up to LANES_LIMIT rows, LANES items side by side ----------------------
 
-cdef inline void lanes_load(double *a, const Side *s, npy_intp first, npy_intp last, npy_intp n,
+cdef inline vec gather(char *const *at, npy_intp offset, real type_tag) noexcept nogil:
+    if real is float:
+        return gather_f32(at, offset)
+    else:
+        return gather_f64(at, offset)
+
+
+cdef inline void lanes_load(vec *a, const Side *s, npy_intp first, npy_intp last, npy_intp n,
                             npy_intp stride, bint loc_only, real type_tag) noexcept nogil:
     """[mu | L] of the items from `first` on; beyond the last one, the last one again.
 
     An odd number of rows gets one more, of an identity matrix: it adds nothing.
     """
-    cdef char *loc[16]
-    cdef char *matrix[16]
-    cdef npy_intp i, j, lane, item
-    cdef double *row
+    cdef char *loc[MOST_LANES]
+    cdef char *matrix[MOST_LANES]
+    cdef npy_intp loc_inner = s.loc_inner, row = s.row, column = s.column, i, j, lane, item
     for lane in range(LANES):
         item = min(first + lane, last - 1)
         loc[lane] = s.loc + item * s.loc_outer
         matrix[lane] = s.matrix + item * s.matrix_outer
     for i in range(n):
-        row = a + i * stride * LANES
-        for lane in range(LANES):
-            row[lane] = (<real *> (loc[lane] + i * s.loc_inner))[0]
-        if loc_only:
-            continue
+        a[i * stride] = gather(loc, i * loc_inner, type_tag)
+    if loc_only:
+        return
+    for i in range(n):
         for j in range(i + 1):
-            for lane in range(LANES):
-                row[(j + 1) * LANES + lane] = (<real *> (matrix[lane] + i * s.row + j * s.column))[0]
+            a[i * stride + j + 1] = gather(matrix, i * row + j * column, type_tag)
     if n % 2 == 1:
-        row = a + n * stride * LANES
-        for j in range(n + 2):
-            for lane in range(LANES):
-                row[j * LANES + lane] = 1.0 if j == n + 1 else 0.0
+        memset(a + n * stride, 0, (n + 1) * sizeof(vec))
+        a[n * stride + n + 1] = ones()
 
 
 cdef inline bint lanes_improper(const double *x, const double *y, npy_intp lane, npy_intp n) noexcept nogil:
@@ -173,7 +180,7 @@ cdef inline int lanes_rows(const Batch *batch, npy_intp first, npy_intp last, co
     cdef double *diagonal_p = t + line
     cdef double *diagonal_q = diagonal_p + line
     cdef double *squares = diagonal_q + line
-    cdef double kl[16]
+    cdef double kl[MOST_LANES]
     cdef char *out = batch.operands[2 if q == NULL else 4]
     cdef npy_intp out_outer = batch.outer[2 if q == NULL else 4]
     cdef npy_intp group, lane, i
@@ -186,7 +193,7 @@ cdef inline int lanes_rows(const Batch *batch, npy_intp first, npy_intp last, co
     for group from first <= group < last by LANES:
         if q != NULL:
             fresh = group == first or not q.shared
-            lanes_load(factor_q, q, group, last, n, stride, not fresh, type_tag)
+            lanes_load(<vec *> factor_q, q, group, last, n, stride, not fresh, type_tag)
             if fresh:
                 if q.covariance:
                     lanes_cholesky(<vec *> factor_q, <vec *> reciprocal, stride, even)
@@ -194,7 +201,7 @@ cdef inline int lanes_rows(const Batch *batch, npy_intp first, npy_intp last, co
                     lanes_reciprocals(<vec *> factor_q, <vec *> reciprocal, stride, even)
                 lanes_diagonal(<vec *> factor_q, <vec *> diagonal_q, stride, even)
         fresh = group == first or not p.shared
-        lanes_load(factor_p, p, group, last, n, stride, not fresh, type_tag)
+        lanes_load(<vec *> factor_p, p, group, last, n, stride, not fresh, type_tag)
         if fresh:
             if p.covariance:
                 lanes_cholesky(<vec *> factor_p, <vec *> t, stride, even)
@@ -220,15 +227,25 @@ cdef inline int lanes_rows(const Batch *batch, npy_intp first, npy_intp last, co
 cdef inline void panels_load_matrix(double *a, const Side *s, npy_intp item, npy_intp n,
                                     npy_intp padded, real type_tag) noexcept nogil:
     """Lower triangle, continued by an identity to whole panels."""
+    cdef char *at[MOST_ROWS]
     cdef char *matrix = s.matrix + item * s.matrix_outer
-    cdef npy_intp i, j
-    for i in range(n):
-        for j in range(i + 1):
-            a[element(i, j)] = (<real *> (matrix + i * s.row + j * s.column))[0]
-    for i in range(n, padded):
-        for j in range(i):
-            a[element(i, j)] = 0.0
-        a[element(i, i)] = 1.0
+    cdef npy_intp row = s.row, column = s.column, i, k, r, rows
+    cdef double *x
+    for i from 0 <= i < padded by ROWS:
+        x = a + panels_size(i)
+        rows = min(n - i, <npy_intp> ROWS)
+        for r in range(ROWS):
+            at[r] = matrix + (i + min(r, rows - 1)) * row
+        for k in range(i):
+            for r in range(ROWS):
+                x[k * ROWS + r] = (<real *> (at[r] + k * column))[0]
+        for k in range(i, i + rows):
+            for r in range(k - i, rows):
+                x[k * ROWS + r] = (<real *> (at[r] + k * column))[0]
+        for r in range(rows, ROWS):
+            for k in range(i + r):
+                x[k * ROWS + r] = 0.0
+            x[(i + r) * ROWS + r] = 1.0
 
 
 cdef inline void panels_load_shift(double *shift, const Side *p, const Side *q, npy_intp item,

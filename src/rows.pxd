@@ -389,6 +389,7 @@ cdef inline Plan plan_rows(const Batch *batch, const Kernel *kernel) noexcept no
     if kernel.family != Family.DISCRETE:
         element_ns *= 2
     plan.row_ns = 20 + batch.core[0] * element_ns
+    plan.setup_ns = 0
     plan.group = LANES if across(batch, kernel) else 1
     plan.splits_rows = plan.group == 1
     return plan
