@@ -16,7 +16,7 @@ the smaller terms.
 from gufunc cimport INVALID
 from libc.math cimport fabs, frexp, ldexp
 from numpy cimport npy_intp
-from sums cimport LANES, Guess, Row, Sums, divergence_of, element
+from sums cimport LANES, Guess, Row, Sums, add_excess, clear, divergence_of, element
 from vecmath cimport (
     INFINITY, LN2, NAN, atanh_tail, larger, match_exponent, ratio_exponent, real,
     residual_product, smaller,
@@ -28,7 +28,8 @@ cdef enum:
     EXCESS = 2 * LANES
     DOUBT = 3 * LANES
     DIRECT = 4 * LANES
-    ACCUMULATORS = 5 * LANES
+    EXCESS_REST = 5 * LANES
+    ACCUMULATORS = 6 * LANES
 
 
 cdef inline real smallest_weight(bint scaled, real of_type) noexcept nogil:
@@ -43,7 +44,7 @@ cdef inline void discrete_terms(const real *p, const real *q, const real *ratio,
                                 bint scaled, bint normalize, int first, real *sums) noexcept nogil:
     """Add the terms of lanes first..LANES-1. `scaled`: the ratio is not 1."""
     cdef int lane
-    cdef real x, y, e, z, difference, s, tail, term, excess, limit, direct
+    cdef real x, y, e, z, difference, s, tail, term, excess, limit, direct, grown, added
     for lane in range(LANES):
         x = p[lane]
         y = q[lane] * ratio[lane] if scaled else q[lane]
@@ -57,19 +58,28 @@ cdef inline void discrete_terms(const real *p, const real *q, const real *ratio,
         term = x * (e * <real> LN2 + tail) + (difference * s + (y - z))
         excess = (y - z) - difference
         limit = floor if x > 0 else <real> 0
-        sums[WEIGHT + lane] += x if lane >= first else <real> 0
+        excess = excess if lane >= first else <real> 0
         sums[DIVERGENCE + lane] += term if lane >= first else <real> 0
-        sums[EXCESS + lane] += excess if lane >= first else <real> 0
         sums[DOUBT + lane] = 1 if smaller(x, y) < limit else sums[DOUBT + lane]
-        if not normalize:
+        if normalize:
+            sums[WEIGHT + lane] += x if lane >= first else <real> 0
+            sums[EXCESS + lane] += excess
+        else:
             direct = x * (e * <real> LN2 + (tail + 2 * s))
-            sums[DIRECT + lane] += direct if lane >= first else <real> 0
+            direct = direct if lane >= first else <real> 0
+            sums[WEIGHT + lane] += larger(direct, -direct)
+            sums[DIRECT + lane] += direct
+            grown = sums[EXCESS + lane] + excess
+            added = grown - sums[EXCESS + lane]
+            sums[EXCESS_REST + lane] += (sums[EXCESS + lane] - (grown - added)) + (excess - added)
+            sums[EXCESS + lane] = grown
 
 
 cdef inline void discrete_flush(const real *sums, int lane, Sums *into) noexcept nogil:
     into.weight += sums[WEIGHT + lane]
     into.divergence += sums[DIVERGENCE + lane]
-    into.excess += sums[EXCESS + lane]
+    add_excess(into, sums[EXCESS + lane])
+    into.excess_rest += sums[EXCESS_REST + lane]
     into.direct += sums[DIRECT + lane]
     into.doubtful |= sums[DOUBT + lane] != 0
 
@@ -167,7 +177,7 @@ cdef inline double plain_sum(const Sums *sums) noexcept nogil:
     """sum p log(p/q), from the form whose terms are smaller; weight holds sum |p log(p/q)|."""
     if sums.weight <= sums.divergence + fabs(sums.excess):
         return sums.direct
-    return sums.divergence - sums.excess
+    return (sums.divergence - sums.excess_rest) - sums.excess
 
 
 cdef inline double log_ratio(double p, double q) noexcept nogil:
@@ -202,13 +212,18 @@ cdef inline double discrete_hard_value(const Row *row, int *status) noexcept nog
 
 
 cdef inline double hard_plain_sum(const Row *row) noexcept nogil:
-    cdef double p, result = 0
+    cdef double p, q, direct
     cdef npy_intp i
+    cdef Sums sums
+    clear(&sums)
     for i in range(row.length):
-        p = element(row, 0, i)
-        if p > 0:
-            result += p * log_ratio(p, element(row, 1, i))
-    return result
+        p, q = element(row, 0, i), element(row, 1, i)
+        direct = p * log_ratio(p, q) if p > 0 else 0
+        sums.weight += fabs(direct)
+        sums.direct += direct
+        sums.divergence += hard_term(p, q, p - q)
+        add_excess(&sums, q - p)
+    return plain_sum(&sums)
 
 
 cdef inline double hard_divergence(const Row *row, double largest_p,
@@ -225,7 +240,8 @@ cdef inline double hard_divergence(const Row *row, double largest_p,
         total_p += ldexp(element(row, 0, i), -up_p)
         total_q += ldexp(element(row, 1, i), -up_q)
     ratio = total_p / total_q
-    sums.weight, sums.divergence, sums.excess = total_p, 0, 0
+    clear(&sums)
+    sums.weight = total_p
     for i in range(row.length):
         p, q = ldexp(element(row, 0, i), -up_p), ldexp(element(row, 1, i), -up_q)
         scaled_q = ratio * q

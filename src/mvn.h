@@ -1,18 +1,16 @@
-/* Factors and triangular solves for mvn.pxd: the two places where the time goes.
+/* Cholesky factors and triangular solves for mvn.pxd: the two things that take the time.
  *
- * Small matrices, "lanes": LANES matrices side by side, element (i, j) of all of them in one vector,
- * the element at [i * n + j]. Large ones, "panels": one matrix, its rows in panels of ROWS, each
- * panel by columns, so that one column of a panel is a few vectors. Only the lower triangle exists:
- * nothing above it is read. Both do the same two things, Cholesky factorisation and X <- X L^-T, row
- * by row and left-looking: a tile of X collects sum_k X[i][k] L[j][k] in registers over all k < j, is
- * solved against the diagonal block of L and written once.
+ * Lanes: for small matrices, LANES items side by side, one vector for each matrix element.
+ * Panels: for large ones, one item at a time, rows in panels of ROWS, each panel by columns.
  *
- * X has n + 1 rows: mu_p - mu_q, then the columns of L_p - L_q. Row m > 0 begins at column m - 1.
- * `squares` gets |L_q^-1 (mu_p - mu_q)|^2 + |Y|^2 and `t` the diagonal of Y = L_q^-1 (L_p - L_q).
+ * Both are left-looking: a tile of the result collects its sum over all finished columns in
+ * registers, is divided by the diagonal block and written once. Only lower triangles are used.
+ * Vectors are GCC's and Clang's generic ones, as wide as the instruction set's own.
  */
 #ifndef KLFAST_MVN_H
 #define KLFAST_MVN_H
 
+#include <float.h>
 #include <math.h>
 #include <stddef.h>
 #include "vecmath.h"
@@ -31,7 +29,11 @@
 #define MVN_COLUMNS 4
 
 #define MVN_INLINE static inline __attribute__((always_inline))
+#if defined(__clang__)
+#define MVN_UNROLL _Pragma("unroll")
+#else
 #define MVN_UNROLL _Pragma("GCC unroll 8")
+#endif
 
 typedef double mvn_vec __attribute__((vector_size(8 * MVN_LANES), may_alias));
 
@@ -49,13 +51,20 @@ MVN_INLINE mvn_vec mvn_sqrt(mvn_vec x) {
     MVN_AT(real, 0), MVN_AT(real, 1), MVN_AT(real, 2), MVN_AT(real, 3), \
     MVN_AT(real, 4), MVN_AT(real, 5), MVN_AT(real, 6), MVN_AT(real, 7)}
 #elif MVN_LANES == 4
-#define MVN_GATHER(real) (mvn_vec){MVN_AT(real, 0), MVN_AT(real, 1), MVN_AT(real, 2), MVN_AT(real, 3)}
+#define MVN_GATHER(real) (mvn_vec){ \
+    MVN_AT(real, 0), MVN_AT(real, 1), MVN_AT(real, 2), MVN_AT(real, 3)}
 #else
 #define MVN_GATHER(real) (mvn_vec){MVN_AT(real, 0), MVN_AT(real, 1)}
 #endif
 #define MVN_AT(real, lane) *(const real *)(at[lane] + offset)
 MVN_INLINE mvn_vec mvn_gather_f32(char *const *at, ptrdiff_t offset) { return MVN_GATHER(float); }
 MVN_INLINE mvn_vec mvn_gather_f64(char *const *at, ptrdiff_t offset) { return MVN_GATHER(double); }
+
+/* 1 / y, kept finite: equal factors must give 0 even where 1 / y overflows (y < 2^-1024). */
+static inline double mvn_reciprocal(double y) {
+    double inverse = 1.0 / y;
+    return inverse < DBL_MAX ? inverse : DBL_MAX;
+}
 
 /* The power of two, -200, 0 or 200, that brings a positive x away from both ends of the range. */
 static inline double mvn_inward(double x) {
@@ -78,7 +87,8 @@ static inline double mvn_minus_log1p(double x, double y, double t) {
 }
 
 /* t <- t - log1p(t) for many; NaN unless x and y are positive. */
-static inline void mvn_minus_log1p_each(const double *restrict x, const double *restrict y, double *restrict t, ptrdiff_t count) {
+static inline void mvn_minus_log1p_each(
+    const double *restrict x, const double *restrict y, double *restrict t, ptrdiff_t count) {
     for (ptrdiff_t i = 0; i < count; i++) {
         double term = mvn_minus_log1p(x[i], y[i], t[i]);
         double smaller = x[i] < y[i] ? x[i] : y[i];
@@ -92,8 +102,10 @@ static inline void mvn_minus_log1p_each(const double *restrict x, const double *
  * column 0 and element (i, j) of L in column j + 1. The four columns after the diagonal are 0, and
  * two more rows follow that are computed but never used. */
 
-/* Column pair j, j + 1 of rows i .. i + 3: subtract what lies left of it, divide by the diagonal block. */
-MVN_INLINE void mvn_lanes_eliminate(mvn_vec *a, const mvn_vec *reciprocal, ptrdiff_t stride, ptrdiff_t i, ptrdiff_t j) {
+/* Columns j, j + 1 of rows i .. i + 3: subtract sum_k<j L[i][k] L[j][k], then divide by the
+ * diagonal block. */
+MVN_INLINE void mvn_lanes_eliminate(
+    mvn_vec *a, const mvn_vec *reciprocal, ptrdiff_t stride, ptrdiff_t i, ptrdiff_t j) {
     mvn_vec *x = a + i * stride + 1, sum[4][2];
     const mvn_vec *l = a + j * stride + 1;
     MVN_UNROLL for (int r = 0; r < 4; r++) {
@@ -101,7 +113,9 @@ MVN_INLINE void mvn_lanes_eliminate(mvn_vec *a, const mvn_vec *reciprocal, ptrdi
     }
     for (ptrdiff_t k = 0; k < j; k++) {
         MVN_UNROLL for (int r = 0; r < 4; r++) {
-            MVN_UNROLL for (int c = 0; c < 2; c++) sum[r][c] -= x[r * stride + k] * l[c * stride + k];
+            MVN_UNROLL for (int c = 0; c < 2; c++) {
+                sum[r][c] -= x[r * stride + k] * l[c * stride + k];
+            }
         }
     }
     MVN_UNROLL for (int r = 0; r < 4; r++) {
@@ -112,32 +126,35 @@ MVN_INLINE void mvn_lanes_eliminate(mvn_vec *a, const mvn_vec *reciprocal, ptrdi
     }
 }
 
-/* [mu | S] <- [mu | L] with S = L L^T, and the reciprocals of the diagonal of L. The second pivot of
- * a pair is taken without waiting for the first one's square root. */
+/* [mu | S] <- [mu | L] with S = L L^T, and the reciprocals of the diagonal of L. The second pivot
+ * of a pair is taken without waiting for the first one's square root. */
 MVN_INLINE void mvn_lanes_cholesky(mvn_vec *a, mvn_vec *reciprocal, ptrdiff_t stride, ptrdiff_t n) {
     for (ptrdiff_t j = 0; j < n; j += 2) {
         mvn_vec *upper = a + j * stride + 1, *lower = upper + stride;
-        mvn_vec first[2] = {upper[j]}, below[2] = {lower[j]}, second[2] = {lower[j + 1]};
-        for (ptrdiff_t k = 0; k < j; k += 2) {
-            MVN_UNROLL for (int odd = 0; odd < 2; odd++) {
-                first[odd] -= upper[k + odd] * upper[k + odd];
-                below[odd] -= lower[k + odd] * upper[k + odd];
-                second[odd] -= lower[k + odd] * lower[k + odd];
-            }
+        mvn_vec first = upper[j], below = lower[j], second = lower[j + 1];
+        for (ptrdiff_t k = 0; k < j; k++) {
+            first -= upper[k] * upper[k];
+            below -= lower[k] * upper[k];
+            second -= lower[k] * lower[k];
         }
-        mvn_vec pivot = first[0] + first[1], cross = below[0] + below[1];
-        mvn_vec second_pivot = second[0] + second[1] - cross * (cross / pivot);
-        upper[j] = mvn_sqrt(pivot);
-        lower[j + 1] = mvn_sqrt(second_pivot);
+        second -= below * (below / first);
+        upper[j] = mvn_sqrt(first);
+        lower[j + 1] = mvn_sqrt(second);
         reciprocal[j] = 1.0 / upper[j];
         reciprocal[j + 1] = 1.0 / lower[j + 1];
-        lower[j] = cross * reciprocal[j];
+        lower[j] = below * reciprocal[j];
         for (ptrdiff_t i = j + 2; i < n; i += 4) mvn_lanes_eliminate(a, reciprocal, stride, i, j);
     }
 }
 
-MVN_INLINE void mvn_lanes_reciprocals(const mvn_vec *a, mvn_vec *reciprocal, ptrdiff_t stride, ptrdiff_t n) {
-    for (ptrdiff_t i = 0; i < n; i++) reciprocal[i] = 1.0 / a[i * stride + i + 1];
+MVN_INLINE void mvn_lanes_reciprocals(
+    const mvn_vec *a, mvn_vec *reciprocal, ptrdiff_t stride, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i++) {
+        mvn_vec diagonal = a[i * stride + i + 1];
+        MVN_UNROLL for (int lane = 0; lane < MVN_LANES; lane++) {
+            reciprocal[i][lane] = mvn_reciprocal(diagonal[lane]);
+        }
+    }
 }
 
 /* [z | Y] = L_q^-1 ([mu_p | L_p] - [mu_q | L_q]) by forward substitution, two rows and four columns
@@ -174,7 +191,8 @@ MVN_INLINE void mvn_lanes_whiten(
 }
 
 /* The same for q = N(0, I), where [z | Y] = [mu_p | L_p - I]. */
-MVN_INLINE void mvn_lanes_whiten_standard(const mvn_vec *p, mvn_vec *y, mvn_vec *squares, ptrdiff_t stride, ptrdiff_t n) {
+MVN_INLINE void mvn_lanes_whiten_standard(
+    const mvn_vec *p, mvn_vec *y, mvn_vec *squares, ptrdiff_t stride, ptrdiff_t n) {
     mvn_vec rest = {0}, diagonal = {0};
     for (ptrdiff_t i = 0; i < n; i++) {
         const mvn_vec *row = p + i * stride;
@@ -187,11 +205,13 @@ MVN_INLINE void mvn_lanes_whiten_standard(const mvn_vec *p, mvn_vec *y, mvn_vec 
 }
 
 /* The diagonal of L, [i][lane]. */
-MVN_INLINE void mvn_lanes_diagonal(const mvn_vec *a, mvn_vec *diagonal, ptrdiff_t stride, ptrdiff_t n) {
+MVN_INLINE void mvn_lanes_diagonal(
+    const mvn_vec *a, mvn_vec *diagonal, ptrdiff_t stride, ptrdiff_t n) {
     for (ptrdiff_t i = 0; i < n; i++) diagonal[i] = a[i * stride + i + 1];
 }
 
-/* 1/2 squares + sum_i (t_i - log1p(t_i)) for every lane. x = L_p,ii, y = L_q,ii, t = Y_ii, all [i][lane]. */
+/* 1/2 squares + sum_i (t_i - log1p(t_i)) of every lane; x = L_p,ii, y = L_q,ii and t = Y_ii, all
+ * [i][lane]. Overwrites t. */
 MVN_INLINE void mvn_lanes_divergence(
     const double *x, const double *y, double *t, const double *squares, ptrdiff_t n, double *kl) {
     mvn_minus_log1p_each(x, y, t, n * MVN_LANES);
@@ -202,6 +222,9 @@ MVN_INLINE void mvn_lanes_divergence(
 }
 
 /* ---- panels ---------------------------------------------------------------------------------- */
+
+/* One matrix of n rows, n a multiple of ROWS. The solve takes Y^T = (L_p - L_q)^T L_q^-T in the
+ * same panels: row 0 of X is mu_p - mu_q; row m is column m - 1 of L_p - L_q and begins there. */
 
 /* Where the panel of rows i .. i + ROWS - 1 begins; it has columns 0 .. i + ROWS - 1. */
 MVN_INLINE ptrdiff_t mvn_panel(ptrdiff_t i) {
@@ -214,36 +237,41 @@ MVN_INLINE ptrdiff_t mvn_element(ptrdiff_t i, ptrdiff_t j) {
     return mvn_panel(i) + j * MVN_ROWS + i % MVN_ROWS;
 }
 
-typedef struct { mvn_vec sum[MVN_COLUMNS][MVN_VECTORS]; } mvn_tile;
+typedef struct { mvn_vec sum[MVN_COLUMNS][MVN_VECTORS]; } mvn_tile;  /* ROWS by COLUMNS */
 
-/* Columns of x minus sum_k x[k] l[c][k], begin <= k < j. */
-MVN_INLINE void mvn_subtract(mvn_tile *tile, const double *x, const double *l, ptrdiff_t begin, ptrdiff_t j) {
+/* Columns j .. j + COLUMNS - 1 of x, minus sum_k x[k] l[k][c] over begin <= k < j. */
+MVN_INLINE mvn_tile mvn_panel_subtract(
+    const double *x, const double *l, ptrdiff_t begin, ptrdiff_t j) {
     const mvn_vec *column = (const mvn_vec *)x;
-    mvn_vec sum[MVN_COLUMNS][MVN_VECTORS];
+    mvn_tile tile;
     MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
-        MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) sum[c][v] = column[(j + c) * MVN_VECTORS + v];
+        MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
+            tile.sum[c][v] = column[(j + c) * MVN_VECTORS + v];
+        }
     }
     for (ptrdiff_t k = begin; k < j; k++) {
         MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
-            MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) sum[c][v] -= column[k * MVN_VECTORS + v] * l[k * MVN_ROWS + c];
+            MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
+                tile.sum[c][v] -= column[k * MVN_VECTORS + v] * l[k * MVN_ROWS + c];
+            }
         }
     }
-    MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
-        MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) tile->sum[c][v] = sum[c][v];
-    }
+    return tile;
 }
 
-/* X <- X L^-T in the columns first .. last - 1 of one panel, which begins at column `begin`. */
+/* X <- X L^-T in the columns first .. last - 1 of one panel of X, which is 0 left of `begin`. */
 static inline void mvn_panel_solve(
-    double *x, const double *l, const double *reciprocal, ptrdiff_t begin, ptrdiff_t first, ptrdiff_t last) {
+    double *x, const double *factor, const double *reciprocal,
+    ptrdiff_t begin, ptrdiff_t first, ptrdiff_t last) {
     mvn_vec *column = (mvn_vec *)x;
     for (ptrdiff_t j = first; j < last; j += MVN_COLUMNS) {
-        const double *rows = l + mvn_element(j, 0);
-        mvn_tile tile;
-        mvn_subtract(&tile, x, rows, begin, j);
+        const double *l = factor + mvn_element(j, 0);
+        mvn_tile tile = mvn_panel_subtract(x, l, begin, j);
         MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
             MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
-                MVN_UNROLL for (int k = 0; k < c; k++) tile.sum[c][v] -= tile.sum[k][v] * rows[(j + k) * MVN_ROWS + c];
+                MVN_UNROLL for (int k = 0; k < c; k++) {
+                    tile.sum[c][v] -= tile.sum[k][v] * l[(j + k) * MVN_ROWS + c];
+                }
                 tile.sum[c][v] *= reciprocal[j + c];
                 column[(j + c) * MVN_VECTORS + v] = tile.sum[c][v];
             }
@@ -251,24 +279,25 @@ static inline void mvn_panel_solve(
     }
 }
 
-/* The diagonal block of the panel of rows i .. */
+/* The diagonal block of the panel that begins at row i, when all to its left is done. */
 static inline void mvn_panel_factor(double *x, double *reciprocal, ptrdiff_t i) {
     mvn_vec *column = (mvn_vec *)x;
     for (ptrdiff_t j = i; j < i + MVN_ROWS; j += MVN_COLUMNS) {
-        const double *rows = x + (j - i);
-        mvn_tile tile;
-        mvn_subtract(&tile, x, rows, 0, j);
+        const double *l = x + (j - i);
+        mvn_tile tile = mvn_panel_subtract(x, l, 0, j);
         MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
-            double root = sqrt(tile.sum[c][(j - i + c) / MVN_LANES][(j - i + c) % MVN_LANES]);
-            double inverse = 1.0 / root;
+            ptrdiff_t row = j - i + c;
+            double root = sqrt(tile.sum[c][row / MVN_LANES][row % MVN_LANES]);
+            reciprocal[j + c] = 1.0 / root;
             MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
-                tile.sum[c][v] *= inverse;
+                tile.sum[c][v] *= reciprocal[j + c];
                 column[(j + c) * MVN_VECTORS + v] = tile.sum[c][v];
             }
-            x[(j + c) * MVN_ROWS + j - i + c] = root;
-            reciprocal[j + c] = inverse;
+            x[(j + c) * MVN_ROWS + row] = root;
             MVN_UNROLL for (int k = c + 1; k < MVN_COLUMNS; k++) {
-                MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) tile.sum[k][v] -= tile.sum[c][v] * rows[(j + c) * MVN_ROWS + k];
+                MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
+                    tile.sum[k][v] -= tile.sum[c][v] * l[(j + c) * MVN_ROWS + k];
+                }
             }
         }
     }
@@ -285,7 +314,8 @@ static inline void mvn_panels_cholesky(double *a, double *reciprocal, ptrdiff_t 
 
 /* Rows m .. m + ROWS - 1 of X, from column `begin`; what lies beyond row n is 0. */
 static inline void mvn_panel_difference(
-    double *x, const double *p, const double *q, const double *shift, ptrdiff_t m, ptrdiff_t begin, ptrdiff_t n) {
+    double *x, const double *p, const double *q, const double *shift,
+    ptrdiff_t m, ptrdiff_t begin, ptrdiff_t n) {
     for (ptrdiff_t k = begin; k < n; k++) {
         const double *row_p = p + mvn_element(k, 0), *row_q = q + mvn_element(k, 0);
         for (ptrdiff_t r = 0; r < MVN_ROWS; r++) {
@@ -297,19 +327,24 @@ static inline void mvn_panel_difference(
     }
 }
 
-/* `x` is scratch for one panel; n is a multiple of ROWS. */
+/* `squares` = |L_q^-1 (mu_p - mu_q)|^2 + |Y|^2 and `t` = diag(Y); `x` is scratch for one panel. */
 static inline void mvn_panels_whiten(
     const double *p, const double *q, const double *shift, const double *reciprocal,
     double *x, ptrdiff_t n, double *t, double *squares) {
+    const mvn_vec *column = (const mvn_vec *)x;
     mvn_vec sum[MVN_VECTORS] = {{0}};
     for (ptrdiff_t m = 0; m <= n; m += MVN_ROWS) {
         ptrdiff_t begin = m > 0 ? m - MVN_COLUMNS : 0;
         mvn_panel_difference(x, p, q, shift, m, begin, n);
         mvn_panel_solve(x, q, reciprocal, begin, begin, n);
-        for (ptrdiff_t k = begin * MVN_VECTORS; k < n * MVN_VECTORS; k += MVN_VECTORS) {
-            MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) sum[v] += ((mvn_vec *)x)[k + v] * ((mvn_vec *)x)[k + v];
+        for (ptrdiff_t k = begin; k < n; k++) {
+            MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
+                sum[v] += column[k * MVN_VECTORS + v] * column[k * MVN_VECTORS + v];
+            }
         }
-        for (ptrdiff_t r = m == 0; r < MVN_ROWS && m + r <= n; r++) t[m + r - 1] = x[(m + r - 1) * MVN_ROWS + r];
+        for (ptrdiff_t r = m == 0; r < MVN_ROWS && m + r <= n; r++) {
+            t[m + r - 1] = x[(m + r - 1) * MVN_ROWS + r];
+        }
     }
     *squares = 0.0;
     for (int v = 0; v < MVN_VECTORS; v++) {
@@ -318,24 +353,27 @@ static inline void mvn_panels_whiten(
 }
 
 /* The same for q = N(0, I), where Y = L_p - I. */
-static inline void mvn_panels_standard(const double *p, const double *shift, ptrdiff_t n, double *t, double *squares) {
+static inline void mvn_panels_whiten_standard(
+    const double *p, const double *shift, ptrdiff_t n, double *t, double *squares) {
     double sum[MVN_ROWS] = {0};
     for (ptrdiff_t i = 0; i < n; i += MVN_ROWS) {
         const double *x = p + mvn_panel(i);
-        for (ptrdiff_t k = 0; k < i; k++) {
-            for (ptrdiff_t r = 0; r < MVN_ROWS; r++) sum[r] += x[k * MVN_ROWS + r] * x[k * MVN_ROWS + r];
+        for (ptrdiff_t k = 0; k < i; k++, x += MVN_ROWS) {
+            for (ptrdiff_t r = 0; r < MVN_ROWS; r++) sum[r] += x[r] * x[r];
         }
-        for (ptrdiff_t r = 0; r < MVN_ROWS; r++) {
-            for (ptrdiff_t k = i; k < i + r; k++) sum[r] += x[k * MVN_ROWS + r] * x[k * MVN_ROWS + r];
-            t[i + r] = x[(i + r) * MVN_ROWS + r] - 1.0;
-            sum[r] += t[i + r] * t[i + r] + shift[i + r] * shift[i + r];
+        for (ptrdiff_t k = i; k < i + MVN_ROWS; k++, x += MVN_ROWS) {
+            t[k] = x[k - i] - 1.0;
+            sum[k - i] += t[k] * t[k] + shift[k] * shift[k];
+            for (ptrdiff_t r = k - i + 1; r < MVN_ROWS; r++) sum[r] += x[r] * x[r];
         }
     }
     *squares = 0.0;
     for (int r = 0; r < MVN_ROWS; r++) *squares += sum[r];
 }
 
-static inline double mvn_panels_divergence(const double *x, const double *y, double *t, double squares, ptrdiff_t n) {
+/* 1/2 squares + sum_i (t_i - log1p(t_i)); x = L_p,ii, y = L_q,ii. Overwrites t. */
+static inline double mvn_panels_divergence(
+    const double *x, const double *y, double *t, double squares, ptrdiff_t n) {
     double kl = 0.5 * squares;
     mvn_minus_log1p_each(x, y, t, n);
     for (ptrdiff_t i = 0; i < n; i++) kl += t[i];

@@ -7,10 +7,12 @@ With S_p = L_p L_p^T, S_q = L_q L_q^T and Y = L_q^-1 (L_p - L_q), lower triangul
 a sum of terms >= 0: nothing cancels when P is close to Q, where L_p - L_q is exact while
 L_q^-1 L_p = I + Y would not be. No inverse and no determinant is formed.
 
-All arithmetic is double, for float32 too: matrices are small enough that loading them is what
-costs, and a float32 triangular solve would lose the condition number of L_q. Largest relative error
-from factors up to D = 17: 1e-13, float32 one rounding; from covariances the Cholesky factorisation's
-own, about D eps cond(S).
+All arithmetic is double, for float32 too: a float32 solve would lose the condition number of L_q,
+and for small matrices loading is what costs. Largest relative error from factors up to D = 17:
+1e-13 (2e-15 seen), for float32 the rounding of the result; from covariances the Cholesky
+factorisation's own, about D eps cond(S), with the eps of double.
+
+Diagonal elements of L_q below 2^-1024 are good for equality, 0, but not for accuracy.
 
 Small matrices lie side by side, one in a SIMD lane each; large ones are taken one at a time, in
 panels of rows (mvn.h).
@@ -22,7 +24,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 from numpy cimport npy_intp
 
-from gufunc cimport Batch, INVALID, NO_MEMORY
+from gufunc cimport INVALID, NO_MEMORY, Batch, Kernel, Plan, Watch
 from vecmath cimport real
 
 cdef extern from "mvn.h" nogil:
@@ -45,13 +47,14 @@ cdef extern from "mvn.h" nogil:
         const vec *a, vec *diagonal, npy_intp stride, npy_intp n)
     void lanes_divergence "mvn_lanes_divergence"(
         const double *x, const double *y, double *t, const double *squares, npy_intp n, double *kl)
+    double safe_reciprocal "mvn_reciprocal"(double y)
     npy_intp element "mvn_element"(npy_intp i, npy_intp j)
     npy_intp panels_size "mvn_panel"(npy_intp n)
     void panels_cholesky "mvn_panels_cholesky"(double *a, double *reciprocal, npy_intp n)
     void panels_whiten "mvn_panels_whiten"(
         const double *p, const double *q, const double *shift, const double *reciprocal,
         double *x, npy_intp n, double *t, double *squares)
-    void panels_standard "mvn_panels_standard"(
+    void panels_whiten_standard "mvn_panels_whiten_standard"(
         const double *p, const double *shift, npy_intp n, double *t, double *squares)
     double panels_divergence "mvn_panels_divergence"(
         const double *x, const double *y, double *t, double squares, npy_intp n)
@@ -85,7 +88,8 @@ cdef inline Side side(const Batch *batch, int which, bint covariance) noexcept n
     return s
 
 
-cdef inline bint survey(const Side *s, npy_intp item, npy_intp n, bint *infinite, real type_tag) noexcept nogil:
+cdef inline bint survey(const Side *s, npy_intp item, npy_intp n, bint *infinite,
+                        real type_tag) noexcept nogil:
     """Whether one side of an item contains NaN; adds to `infinite` whether it contains +-inf."""
     cdef char *loc = s.loc + item * s.loc_outer
     cdef char *matrix = s.matrix + item * s.matrix_outer
@@ -155,7 +159,8 @@ cdef inline void lanes_load(vec *a, const Side *s, npy_intp first, npy_intp last
         a[n * stride + n + 1] = ones()
 
 
-cdef inline bint lanes_improper(const double *x, const double *y, npy_intp lane, npy_intp n) noexcept nogil:
+cdef inline bint lanes_improper(const double *x, const double *y, npy_intp lane,
+                                npy_intp n) noexcept nogil:
     """Whether a diagonal element of either factor of an item is not positive."""
     cdef npy_intp i
     for i in range(n):
@@ -296,7 +301,7 @@ cdef inline int panels_rows(const Batch *batch, npy_intp first, npy_intp last, c
                 panels_cholesky(factor_q, reciprocal, padded)
             for i in range(padded):
                 diagonal_q[i] = factor_q[element(i, i)]
-                reciprocal[i] = 1.0 / diagonal_q[i]
+                reciprocal[i] = safe_reciprocal(diagonal_q[i])
         if item == first or not p.shared:
             panels_load_matrix(factor_p, p, item, n, padded, type_tag)
             if p.covariance:
@@ -305,12 +310,13 @@ cdef inline int panels_rows(const Batch *batch, npy_intp first, npy_intp last, c
                 diagonal_p[i] = factor_p[element(i, i)]
         panels_load_shift(shift, p, q, item, n, padded, type_tag)
         if q == NULL:
-            panels_standard(factor_p, shift, padded, t, &squares)
+            panels_whiten_standard(factor_p, shift, padded, t, &squares)
         else:
             panels_whiten(factor_p, factor_q, shift, reciprocal, scratch, padded, t, &squares)
         kl = panels_divergence(diagonal_p, diagonal_q, t, squares, padded)
         if not isfinite(kl):
-            status |= settle(&kl, panels_improper(diagonal_p, diagonal_q, n), p, q, item, n, type_tag)
+            status |= settle(&kl, panels_improper(diagonal_p, diagonal_q, n), p, q, item, n,
+                             type_tag)
         (<real *> (out + item * out_outer))[0] = <real> kl
     free(memory)
     return status
@@ -336,3 +342,28 @@ cdef inline int mvn_rows(const Batch *batch, npy_intp first, npy_intp last, bint
     if alone > 0:
         status |= panels_rows(batch, last - alone, last, &p, other, n, type_tag)
     return status
+
+
+# The kernel that the gufuncs carry.
+
+cdef inline Plan plan_mvn(const Batch *batch, const Kernel *kernel) noexcept nogil:
+    cdef Plan plan
+    cdef double n = batch.core[0]
+    cdef bint shared = not kernel.options[2] and batch.outer[3] == 0
+    plan.row_ns = 20 + n * (3 + n * (0.9 + 0.03 * n))
+    plan.setup_ns = 0.4 * plan.row_ns if shared else 0.0
+    plan.group = LANES if n <= LANES_LIMIT else 1
+    plan.splits_rows = False
+    return plan
+
+
+cdef inline int mvn_rows_f32(const Batch *batch, npy_intp first, npy_intp last,
+                             const Kernel *kernel, Watch *watch) noexcept nogil:
+    return mvn_rows(batch, first, last, kernel.options[0], kernel.options[1], kernel.options[2],
+                    <float> 0)
+
+
+cdef inline int mvn_rows_f64(const Batch *batch, npy_intp first, npy_intp last,
+                             const Kernel *kernel, Watch *watch) noexcept nogil:
+    return mvn_rows(batch, first, last, kernel.options[0], kernel.options[1], kernel.options[2],
+                    <double> 0)

@@ -37,7 +37,7 @@ cdef inline real variance_of(real x, int spread) noexcept nogil:
         return x * x
     if spread == Spread.VARIANCE:
         return x
-    return exp(x)
+    return exp(x, <real> 0)
 
 
 cdef inline real square_rest(real x, real variance, int spread) noexcept nogil:
@@ -60,7 +60,7 @@ cdef inline void normal_terms(const real *m_p, const real *s_p, const real *m_q,
         if spread_p == Spread.LOG_VARIANCE and spread_q == Spread.LOG_VARIANCE:
             x = s_p[lane] - s_q[lane]
             doubt = larger(larger(x, -x), larger(s_q[lane], -s_q[lane])) - highest
-            term = phi(x) + mean * mean * exp(-s_q[lane])
+            term = phi(x, <real> 0) + mean * mean * exp(-s_q[lane], <real> 0)
         else:
             x, y = s_p[lane], s_q[lane]
             if spread_p != spread_q:
@@ -83,7 +83,7 @@ cdef inline void normal_terms(const real *m_p, const real *s_p, const real *m_q,
                 term = ((d * ratio) * (g + s) + ((g - e * <real> LN2) - atanh_tail(s))
                         + mean * mean * ratio * pow2(e))
         sums[DIVERGENCE + lane] += term if lane >= first else <real> 0
-        sums[DOUBT + lane] = 1 if doubt > 0 else sums[DOUBT + lane]
+        sums[DOUBT + lane] = sums[DOUBT + lane] if doubt <= 0 else 1  # NaN is in doubt
 
 
 cdef inline void normal_flush(const real *sums, int lane, Sums *into) noexcept nogil:

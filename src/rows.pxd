@@ -13,8 +13,8 @@ from libc.math cimport isfinite
 from libc.stdlib cimport free, malloc
 from numpy cimport npy_intp
 from categorical cimport (
-    Range, categorical_block, categorical_columns, categorical_guess, categorical_hard_value,
-    categorical_refine, column_ranges, is_near, start_range,
+    Range, categorical_block, categorical_columns, categorical_guess, categorical_guess_lane,
+    categorical_hard_value, categorical_refine, column_ranges, start_range,
 )
 from discrete cimport (
     discrete_block, discrete_columns, discrete_guess, discrete_guess_columns,
@@ -23,13 +23,14 @@ from discrete cimport (
 from gufunc cimport INVALID, NO_MEMORY, Batch, Kernel, Plan, Watch, look_for_signals
 from normal cimport normal_block, normal_columns, normal_hard_value
 from sums cimport (
-    BLOCK, LANES, MAX_OPERANDS, SHORT_ROW, Family, Format, Guess, Row, Sums, divergence_of,
-    element, merge, well_conditioned,
+    BLOCK, LANES, MAX_OPERANDS, SHORT_ROW, Family, Format, Guess, Row, Sums, clear, divergence_of,
+    merge, well_conditioned,
 )
 from vecmath cimport INFINITY, NAN, from_bfloat16, from_float16, real
 
 cdef enum:
     PIECE = 64 * BLOCK
+    MAX_PASSES = 6             # over one row, each with the guess that the one before found
 
 
 cdef inline void convert(const Row *row, int operand, npy_intp start, int n, real *into) noexcept nogil:
@@ -108,10 +109,8 @@ cdef inline void add_block(const Row *row, const real **x, int n, Guess *guess,
             discrete_block(x, n, False, True, guess, into)
         else:
             discrete_block(x, n, True, True, guess, into)
-    elif row.inverse_temperature == 1:
-        categorical_block(x, n, False, guess, into)
     else:
-        categorical_block(x, n, True, guess, into)
+        categorical_block(x, n, guess, into)
 
 
 cdef inline Sums sum_piece(const Row *row, npy_intp start, npy_intp stop, Guess guess,
@@ -120,8 +119,7 @@ cdef inline Sums sum_piece(const Row *row, npy_intp start, npy_intp stop, Guess 
     cdef const real *x[MAX_OPERANDS]
     cdef Sums sums
     cdef int n
-    sums.weight = sums.divergence = sums.excess = sums.direct = 0
-    sums.doubtful = False
+    clear(&sums)
     while start < stop:
         n = block_length(start, stop)
         load_block(row, start, n, buffer, x)
@@ -167,10 +165,10 @@ cdef inline Sums sum_row(const Row *row, const Guess *guess, Watch *watch,
     return sums
 
 
-cdef inline bint refine(const Row *row, const Sums *sums, Guess *guess) noexcept nogil:
+cdef inline bint refine(const Row *row, const Sums *sums, Guess *guess, real of_type) noexcept nogil:
     if row.family == Family.DISCRETE:
         return discrete_refine(sums, guess)
-    return categorical_refine(row, sums, guess)
+    return categorical_refine(sums, guess, of_type)
 
 
 cdef inline bint is_sound(const Sums *sums) noexcept nogil:
@@ -195,18 +193,18 @@ cdef inline bint fast_value(const Row *row, Watch *watch, double *value,
     cdef Guess guess
     cdef Sums sums
     cdef int attempt
-    guess.ratio, guess.shift, guess.peak = 1, 0, 0
+    guess.ratio, guess.shift, guess.peak, guess.wide = 1, 0, 0, False
     guess.inverse_temperature = row.inverse_temperature
     guess_row(row, &guess, of_type)
-    for attempt in range(2):
+    for attempt in range(MAX_PASSES):
         sums = sum_row(row, &guess, watch, of_type)
         if not is_sound(&sums):
             return False
         if finish(row, &sums, value):
             return True
-        if attempt == 0 and not refine(row, &sums, &guess):
+        if not refine(row, &sums, &guess, of_type):
             return False
-    return sums.weight > 0
+    return False
 
 
 cdef inline double row_value(const Row *row, Watch *watch, int *status,
@@ -277,7 +275,7 @@ cdef inline void add_columns(const Row *row, const real **x, const npy_intp *ste
                              const Guess *guesses, Sums *into) noexcept nogil:
     """As add_block, for n columns of LANES rows."""
     cdef int lane
-    cdef bint scaled = False
+    cdef bint scaled = False, plain = True
     if row.family == Family.NORMAL:
         normal_columns(x, step, n, row, into)
     elif row.family == Family.DISCRETE:
@@ -289,10 +287,10 @@ cdef inline void add_columns(const Row *row, const real **x, const npy_intp *ste
             discrete_columns(x, step, n, True, True, guesses, into)
         else:
             discrete_columns(x, step, n, False, True, guesses, into)
-    elif row.inverse_temperature == 1:
-        categorical_columns(x, step, n, False, guesses, into)
     else:
-        categorical_columns(x, step, n, True, guesses, into)
+        for lane in range(LANES):
+            plain &= guesses[lane].peak == 0 and guesses[lane].inverse_temperature == 1
+        categorical_columns(x, step, n, plain, guesses, into)
 
 
 cdef inline void rows_side_by_side(const Row *rows, int used, double *values, Watch *watch,
@@ -311,8 +309,7 @@ cdef inline void rows_side_by_side(const Row *rows, int used, double *values, Wa
         guesses[lane].inverse_temperature = rows[lane].inverse_temperature
         guesses[lane].ratio = 1
         trusted[lane] = True
-        sums[lane].weight = sums[lane].divergence = sums[lane].excess = sums[lane].direct = 0
-        sums[lane].doubtful = False
+        clear(&sums[lane])
     load_strip(rows, 0, buffer, x, step, &n)
     if rows[0].family == Family.DISCRETE and rows[0].normalize:
         discrete_guess_columns(x, step, n, guesses)
@@ -347,9 +344,7 @@ cdef inline void guess_logits(const Row *rows, real *buffer, Guess *guesses,
         column_ranges(x, step, n, seen)
         start += n
     for lane in range(LANES):
-        guesses[lane].peak = seen[lane].high_a
-        guesses[lane].shift = seen[lane].high_a - seen[lane].high_b
-        trusted[lane] = is_near(seen[lane], &guesses[lane], buffer[0])
+        trusted[lane] = categorical_guess_lane(seen[lane], &guesses[lane], buffer[0])
 
 
 # The kernel that the gufuncs carry.

@@ -6,7 +6,7 @@ computed relative to a guess of log(sum of p / sum of q'). A guess that is off c
 only conditioning, which u shows: then the row is summed again with what the first pass found.
 """
 
-from libc.math cimport exp
+from libc.math cimport exp, fabs
 from numpy cimport npy_intp
 from vecmath cimport INFINITY, from_bfloat16, from_float16, minus_log1p
 
@@ -20,14 +20,29 @@ ctypedef struct Guess:
     double shift                # categorical: max logits_p - max logits_q, before the temperature
     double peak                 # categorical: a logit that exponentials are taken relative to
     double inverse_temperature
+    bint wide                   # categorical: a block had logits far apart; so will others
 
 ctypedef struct Sums:
     double weight               # sum of p
     double divergence           # sum of p log(p/q') - p + q'
     double excess               # sum of q' - p
+    double excess_rest          # what its rounding left; wanted where it counts in first order
     double direct               # sum of p log(p/q), where it is wanted as it stands
     double peak                 # weight, divergence and excess are multiples of exp(peak)
     bint doubtful               # a value outside the fast formula's range
+
+
+cdef inline void clear(Sums *sums) noexcept nogil:
+    sums.weight = sums.divergence = sums.excess = sums.excess_rest = sums.direct = 0
+    sums.peak = 0
+    sums.doubtful = False
+
+
+cdef inline void add_excess(Sums *into, double x) noexcept nogil:
+    cdef double total = into.excess + x
+    cdef double added = total - into.excess
+    into.excess_rest += (into.excess - (total - added)) + (x - added)
+    into.excess = total
 
 
 cdef inline double divergence_of(const Sums *sums) noexcept nogil:
@@ -37,8 +52,13 @@ cdef inline double divergence_of(const Sums *sums) noexcept nogil:
 
 
 cdef inline bint well_conditioned(const Sums *sums) noexcept nogil:
-    """Whether the correction takes less than three quarters of the sum. False for NaN."""
-    return minus_log1p(sums.excess / sums.weight) <= 0.75 * sums.divergence / sums.weight
+    """Whether rounding errors of the sums are at most doubled by the correction, which takes no
+    more than half of the sum, and by an error of u = E[phi] + E[y], which counts u / (1 + u)
+    times. False for NaN."""
+    cdef double g = sums.divergence / sums.weight, u = sums.excess / sums.weight
+    cdef double correction = minus_log1p(u)
+    return (2 * correction <= g
+            and (g + fabs(u - g)) * fabs(u) <= (g - correction) * (1 + u))
 
 
 cdef inline void lower_by(Sums *sums, double exponent) noexcept nogil:
@@ -58,7 +78,8 @@ cdef inline void merge(Sums *into, Sums *part, double inverse_temperature) noexc
         lower_by(part, -rise)
     into.weight += part.weight
     into.divergence += part.divergence
-    into.excess += part.excess
+    add_excess(into, part.excess)
+    into.excess_rest += part.excess_rest
     into.direct += part.direct
     into.doubtful |= part.doubtful
 

@@ -48,10 +48,10 @@ static inline double reduce_f64(double x, double n) {
     return (x - n * LN2_HIGH_F64) - n * LN2_LOW_F64;
 }
 
-/* e^x. x in [-87, 88] (f32), [-708, 709] (f64). 1 ulp plus the rounding of x. NaN stays NaN. */
-static inline float exp_f32(float x) {
+/* e^(x + rest), |rest| within an ulp of x. x in [-87, 88] (f32), [-708, 709] (f64). 1 ulp. NaN stays NaN. */
+static inline float exp_f32(float x, float rest) {
     float n = nearest_f32(x * (float)LOG2_E);
-    float r = reduce_f32(x, n);
+    float r = reduce_f32(x, n) + rest;
     float q = 1.3926181810489343e-3f;
     q = q * r + 8.363177629994445e-3f;
     q = q * r + 4.1666554627878084e-2f;
@@ -59,9 +59,9 @@ static inline float exp_f32(float x) {
     q = q * r + 0.5f;
     return ((r * r) * q + r + 1.0f) * pow2_f32(n);
 }
-static inline double exp_f64(double x) {
+static inline double exp_f64(double x, double rest) {
     double n = nearest_f64(x * LOG2_E);
-    double r = reduce_f64(x, n);
+    double r = reduce_f64(x, n) + rest;
     double q = 2.510038319586702e-08;
     q = q * r + 2.7620085455018414e-07;
     q = q * r + 2.7557268464831627e-06;
@@ -75,12 +75,13 @@ static inline double exp_f64(double x) {
     return ((r * r) * q + r + 1.0) * pow2_f64(n);
 }
 
-/* phi(x) = e^x - 1 - x >= 0 without cancellation, same ranges; 4 ulp. With x = n ln 2 + r,
+/* phi(x + rest), phi(x) = e^x - 1 - x >= 0, without cancellation, same ranges; 4 ulp. With
+ * x = n ln 2 + r,
  *     phi(x) = 2^n phi(r) + (2^n - 1) r + ((2^n - 1) - n ln 2),
  * where the last bracket is phi(n ln 2) >= 0; for n = 0 this is phi(r) = r^2 Q(r) alone. */
-static inline float phi_f32(float x) {
+static inline float phi_f32(float x, float rest) {
     float n = nearest_f32(x * (float)LOG2_E);
-    float r = reduce_f32(x, n);
+    float r = reduce_f32(x, n) + rest;
     float grown = pow2_f32(n) - 1.0f;
     float q = 1.9890988455544567e-4f;
     q = q * r + 1.3933647862928863e-3f;
@@ -92,9 +93,9 @@ static inline float phi_f32(float x) {
     float far = (grown - n * LN2_HIGH_F32) - n * LN2_LOW_F32;
     return near + (grown * (near + r) + far);
 }
-static inline double phi_f64(double x) {
+static inline double phi_f64(double x, double rest) {
     double n = nearest_f64(x * LOG2_E);
-    double r = reduce_f64(x, n);
+    double r = reduce_f64(x, n) + rest;
     double grown = pow2_f64(n) - 1.0;
     double q = 2.0914685161418067e-09;
     q = q * r + 2.5105214474751413e-08;

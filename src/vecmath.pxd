@@ -7,10 +7,10 @@ ctypedef fused real:
 cdef extern from "vecmath.h" nogil:
     float pow2_f32(float n)
     double pow2_f64(double n)
-    float exp_f32(float x)
-    double exp_f64(double x)
-    float phi_f32(float x)
-    double phi_f64(double x)
+    float exp_f32(float x, float rest)
+    double exp_f64(double x, double rest)
+    float phi_f32(float x, float rest)
+    double phi_f64(double x, double rest)
     float ratio_exponent_f32(float x, float y)
     double ratio_exponent_f64(double x, double y)
     float match_exponent_f32(float x, float y)
@@ -34,18 +34,18 @@ cdef inline real pow2(real n) noexcept nogil:
         return pow2_f64(n)
 
 
-cdef inline real exp(real x) noexcept nogil:
+cdef inline real exp(real x, real rest) noexcept nogil:
     if real is float:
-        return exp_f32(x)
+        return exp_f32(x, rest)
     else:
-        return exp_f64(x)
+        return exp_f64(x, rest)
 
 
-cdef inline real phi(real x) noexcept nogil:
+cdef inline real phi(real x, real rest) noexcept nogil:
     if real is float:
-        return phi_f32(x)
+        return phi_f32(x, rest)
     else:
-        return phi_f64(x)
+        return phi_f64(x, rest)
 
 
 cdef inline real ratio_exponent(real x, real y) noexcept nogil:

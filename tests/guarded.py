@@ -49,7 +49,7 @@ def run(entry_id, sizes, dtypes):
     regions = [Region(64) for _ in range(4)]
     for dtype in dtypes:
         for size in sizes:
-            rows = [(), (3,), (9,)] if entry.core == 1 or size < 10 else [(2,)]
+            rows = [(), (9,)] if entry.core == 1 or size < 10 else [(2,)]
             for batch in rows:
                 arrays = entry.inputs("float32", batch, size)
                 arrays = {
@@ -57,7 +57,7 @@ def run(entry_id, sizes, dtypes):
                     for name, a in arrays.items()
                 }
                 want = entry(arrays)
-                for step in (1, 2, -1, -3):
+                for step in (1, -2):
                     for at_end in (True, False):
                         print(entry_id, np.dtype(dtype), size, batch, step, at_end, flush=True)
                         placed = {
@@ -74,5 +74,5 @@ if __name__ == "__main__":
     run(
         sys.argv[1],
         [size for size in [*range(1, 71), 127, 255, 257, 1000] if size <= size_limit],
-        [np.float64, np.float32, np.float16, ml_dtypes.bfloat16, np.int32],
+        [np.float64, np.float32, np.float16, ml_dtypes.bfloat16],
     )

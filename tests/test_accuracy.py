@@ -6,17 +6,18 @@ import numpy as np
 import pytest
 
 import oracle
-from registry import DTYPES, ENTRIES, IDS, ROWS, SMALLEST_RELATIVE_DIFFERENCE, assert_close
+from registry import DTYPES, ENTRIES, IDS, PLAIN, ROWS, SMALLEST_RELATIVE_DIFFERENCE, assert_close
 
 SIZES = [1, 2, 3, 7, 10, 31, 32, 33, 77, 1000, 4099, 20_000, 100_000]
 NEAR = [None, 3.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8]
 
 
-def kept(dtype, size, near):
-    """Leave out what a dtype cannot tell apart, and the middle of the scale for long rows."""
-    if near is not None and near < SMALLEST_RELATIVE_DIFFERENCE[dtype]:
+def kept(entry, dtype, size, near):
+    """Leave out what a dtype cannot tell apart, and most of the middle for long rows."""
+    smallest = SMALLEST_RELATIVE_DIFFERENCE[dtype]
+    if near is not None and (near < smallest or not (entry.near or near >= 1)):
         return False
-    return size <= 4099 or near in (None, 1e-1, 1e-3, SMALLEST_RELATIVE_DIFFERENCE[dtype])
+    return size <= 4099 or near in (None, smallest) or (size <= 20_000 and near in (1e-1, 1e-3))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -24,10 +25,12 @@ def kept(dtype, size, near):
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.id)
 def test_bound(entry, dtype, size):
     if size > entry.max_size:
-        size = entry.max_size
+        pytest.skip("too large for the oracle")
+    if size > 20_000 and entry.function == "kl_normal" and entry not in PLAIN:
+        pytest.skip("as long rows of the other spreads")
     rows = 1 if size > 4000 else max(2, min(20, 400 // size))
     for near in NEAR:
-        if kept(dtype, size, near) and (entry.near or near is None or near >= 1):
+        if kept(entry, dtype, size, near):
             arrays = entry.inputs(dtype, (rows,), size, near)
             got = entry(arrays)
             assert got.dtype == dtype
@@ -72,7 +75,7 @@ def check_logits(a, b, dtype):
 @pytest.mark.parametrize("tiny", [1e-1, 1e-3, 1e-5])
 def test_common_shift(dtype, size, shift, tiny):
     rng = np.random.default_rng(size)
-    a = (3 * rng.normal(size=(3, size))).astype(dtype)
+    a = (3 * rng.normal(size=(3 if size < 2000 else 1, size))).astype(dtype)
     check_logits(a, a + shift + tiny * rng.normal(size=a.shape), dtype)
 
 
@@ -82,7 +85,7 @@ def test_common_shift(dtype, size, shift, tiny):
 @pytest.mark.parametrize("near", [None, 10.0, 1e-1, 1e-3])
 def test_large_logits(dtype, size, scale, near):
     rng = np.random.default_rng(size)
-    a = (scale * rng.uniform(-1, 1, (3, size))).astype(dtype)
+    a = (scale * rng.uniform(-1, 1, (3 if size < 2000 else 1, size))).astype(dtype)
     b = scale * rng.uniform(-1, 1, a.shape) if near is None else a + near * rng.normal(size=a.shape)
     check_logits(a, b, dtype)
 
@@ -93,10 +96,34 @@ def test_large_logits(dtype, size, scale, near):
 @pytest.mark.parametrize("where", ["both", "p", "q", "apart"])
 def test_peaked_logits(dtype, size, peak, where):
     rng = np.random.default_rng(size)
-    a = rng.normal(size=(3, size)).astype(dtype)
+    a = rng.normal(size=(3 if size < 2000 else 1, size)).astype(dtype)
     b = a + 1e-3 * rng.normal(size=a.shape)
     a[:, size // 2] += peak if where in ("both", "p", "apart") else 0
     b[:, size // 2 - (where == "apart")] += peak if where in ("both", "q", "apart") else 0
+    check_logits(a, b, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [3, 100, 1000, 5000, 20_000])
+@pytest.mark.parametrize("peak", [20.0, 80.0, 600.0])
+@pytest.mark.parametrize("in_p", [True, False])
+def test_a_peak_anywhere(in_p, peak, size, dtype):
+    """A block far above the ones before it; where the peak stands makes no difference."""
+    places = np.unique(np.linspace(0, size - 1, 23).astype(int))
+    flat = np.zeros(size, dtype)
+    peaked = np.where(np.arange(size) == places[:, None], np.dtype(dtype).type(peak), flat)
+    names = ("logits_p", "logits_q") if in_p else ("logits_q", "logits_p")
+    arrays = dict(zip(names, (peaked, flat), strict=True))
+    want, scale = (np.repeat(x, len(places)) for x in oracle.kl_categorical(**{
+        name: np.atleast_2d(a)[:1] for name, a in arrays.items()}))  # fmt: skip
+    assert_close(klfast.kl_categorical(**arrays), want, scale, ROWS[dtype], arrays)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [2, 3, 5, 12, 40])
+@pytest.mark.parametrize("scale", [10.0, 30.0, 100.0])
+def test_wide_logits(scale, size, dtype):
+    a, b = scale * np.random.default_rng(size).normal(size=(2, 300, size))
     check_logits(a, b, dtype)
 
 
@@ -107,7 +134,7 @@ def test_peaked_logits(dtype, size, peak, where):
 def test_subnormals(dtype, size, normalize, near):
     rng = np.random.default_rng(size)
     step = float(np.finfo(dtype).smallest_subnormal)
-    p = step * rng.integers(1, 2**20, (3, size)).astype(np.float64)
+    p = step * rng.integers(1, 2**20, (3 if size < 2000 else 1, size)).astype(np.float64)
     q = (
         np.maximum(p * (1 + near * rng.normal(size=p.shape)), step)
         if near
@@ -173,7 +200,7 @@ def test_normal_around_every_ratio(dtype, spread):
 
 @pytest.mark.parametrize("entry", ENTRIES[:1], ids=lambda e: e.id)
 def test_long_row(entry):
-    arrays = entry.inputs("float32", (1,), 1_000_000, 1e-3)
+    arrays = entry.inputs("float32", (1,), 400_000, 1e-3)
     entry.check(entry(arrays), arrays)
 
 

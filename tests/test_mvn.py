@@ -1,4 +1,4 @@
-"""What only multivariate normals have: factors and covariances, triangles, small and large matrices.
+"""What only multivariate normals have: factors and covariances, triangles, large matrices.
 
 Accuracy over random inputs, dtypes, layouts and threads is tested for every family from the
 registry; here are the sizes at which the kernel changes its method, and the hard cases.
@@ -68,10 +68,10 @@ def exact_from_covariances(loc_p, cov_p, loc_q, cov_q):
         def factor(cov):
             return mpmath.cholesky(mpmath.matrix((np.tril(cov) + np.tril(cov, -1).T).tolist()))
 
-        def solve(l, b):
+        def solve(factor, b):
             x = []
             for i in range(len(b)):
-                x.append((b[i] - mpmath.fsum(l[i, k] * x[k] for k in range(i))) / l[i, i])
+                x.append((b[i] - mpmath.fsum(factor[i, k] * x[k] for k in range(i))) / factor[i, i])
             return x
 
         p, q, size = factor(cov_p), factor(cov_q), len(loc_p)
@@ -120,7 +120,9 @@ def test_large_factors(size, near, count):
     got = klfast.kl_mvn(**arrays)
     for i in range(count):
         want = longdouble_kl(**{name: a[i] for name, a in arrays.items()})
-        assert abs(got[i] - want) <= 1e-13 * want, f"{size=} {near=} {i=}: {got[i]!r}, want {want!r}"
+        assert abs(got[i] - want) <= 1e-13 * want, (
+            f"{size=} {near=} {i=}: {got[i]!r}, want {want!r}"
+        )
 
 
 @pytest.mark.parametrize("size", LARGE)
@@ -133,8 +135,9 @@ def test_large_factors_float32(size):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 11])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("stretch", [1, 1e3])
+@pytest.mark.parametrize(
+    ("dtype", "stretch"), [("float32", 1), ("float32", 30), ("float64", 1), ("float64", 1e4)]
+)
 def test_covariances(size, dtype, stretch):
     """The factorisation's rounding is the limit: about D eps cond(S) of the scale of the terms."""
     arrays = factors(size, (3,))
@@ -143,8 +146,6 @@ def test_covariances(size, dtype, stretch):
         arrays[f"scale_tril_{side}"] *= axes
     arrays = {name: a.astype(dtype) for name, a in covariances(arrays).items()}
     condition = max(np.linalg.cond(arrays["cov_p"]).max(), np.linalg.cond(arrays["cov_q"]).max())
-    if condition * size > 1e6 and dtype == "float32":
-        pytest.skip("rounded to float32 it need not be positive definite")
     got = klfast.kl_mvn(**arrays)
     want = [exact_from_covariances(*row) for row in zip(*arrays.values(), strict=True)]
     bound = 4 * size * condition * 2.0**-53 + np.finfo(dtype).eps  # float32 is factorised in double
@@ -240,13 +241,12 @@ def test_by_hand(loc_p, factor_p, loc_q, factor_q, want, dtype):
         (4.0, 2.2e-308, np.inf),
         (2.2e-308, 4.0, np.log(4) - np.log(2.2e-308) - 0.5),
         (5e-324, 1.0, -np.log(5e-324) - 0.5),
+        (5e-324, 5e-324, 0),
     ],
 )
 def test_extreme_scales(size, scale_p, scale_q, each):
     zero, eye = np.zeros(size), np.eye(size)
-    got = klfast.kl_mvn(
-        zero, loc_q=zero, scale_tril_p=scale_p * eye, scale_tril_q=scale_q * eye
-    )
+    got = klfast.kl_mvn(zero, loc_q=zero, scale_tril_p=scale_p * eye, scale_tril_q=scale_q * eye)
     want = size * each
     assert got == want or got == pytest.approx(want, rel=1e-14), f"{got!r}, want {want!r}"
 
@@ -280,9 +280,7 @@ def test_identical_is_exactly_zero(dtype, size, count):
 
 
 def test_no_dimensions():
-    got = klfast.kl_mvn(
-        np.ones((3, 0)), np.ones((3, 0, 0)), np.ones((3, 0)), np.ones((3, 0, 0))
-    )
+    got = klfast.kl_mvn(np.ones((3, 0)), np.ones((3, 0, 0)), np.ones((3, 0)), np.ones((3, 0, 0)))
     np.testing.assert_array_equal(got, np.zeros(3))
 
 
@@ -319,8 +317,7 @@ def test_layouts(dtype, size):
 
         for relay in (fortran, apart, backwards):
             other = {
-                name: relay(a if name.startswith("loc") else garbage_above(a)) if a.ndim > 2 or
-                relay is not fortran else a
+                name: relay(a if name.startswith("loc") else garbage_above(a))
                 for name, a in form.items()
             }
             got = klfast.kl_mvn(**other)
@@ -408,7 +405,11 @@ def test_not_positive_definite_names_the_index():
 )
 def test_what_is_not_positive_definite(matrix):
     zero, eye, matrix = np.zeros(2), np.eye(2), np.array(matrix, float)
-    for arguments in ((zero, matrix, zero, eye), (zero, eye, zero, matrix), (zero, matrix, zero, matrix)):
+    for arguments in (
+        (zero, matrix, zero, eye),
+        (zero, eye, zero, matrix),
+        (zero, matrix, zero, matrix),
+    ):
         assert np.isnan(nan_where_bad(*arguments)), arguments
         with pytest.raises(np.linalg.LinAlgError):
             klfast.kl_mvn(*arguments)

@@ -240,22 +240,21 @@ INTERRUPTED = """
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", ["row", "rows"])
 def test_ctrl_c_answers_soon(shape, threads):
-    child = subprocess.Popen(
+    with subprocess.Popen(
         fresh.command(INTERRUPTED, threads, shape),
         env=fresh.environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    try:
-        assert child.stdout.readline() == "ready\n", child.stderr.read()
-        time.sleep(0.6)
-        start = time.perf_counter()
-        child.send_signal(signal.SIGINT)
-        printed, errors = child.communicate(timeout=30)
-        waited = time.perf_counter() - start
-    finally:
-        child.kill()
-        child.wait()
+    ) as child:
+        try:
+            assert child.stdout.readline() == "ready\n", child.stderr.read()
+            time.sleep(0.6)
+            start = time.perf_counter()
+            child.send_signal(signal.SIGINT)
+            printed, errors = child.communicate(timeout=15)
+            waited = time.perf_counter() - start
+        finally:
+            child.kill()
     assert printed == "interrupted\n", errors
     assert waited < 1.5, f"{waited:.2f} s"
