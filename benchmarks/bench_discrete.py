@@ -3,6 +3,7 @@
 import klfast
 import numpy as np
 import pytest
+
 from suite import Work, parametrize
 
 WORKS = [

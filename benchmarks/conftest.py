@@ -1,6 +1,7 @@
 """The one way every benchmark goes: check the values of a peer, then time it."""
 
 import pytest
+
 from peers import KLFAST
 from suite import TOLERANCE, error_of, quiet_threads, why_not
 

@@ -16,14 +16,18 @@ the work, the first that is good enough for a block:
 from gufunc cimport INVALID
 from libc.math cimport exp as libm_exp, expm1, fabs, log
 from numpy cimport npy_intp
-from sums cimport LANES, Guess, Row, Sums, clear, divergence_of, element, lower_by
+from sums cimport (
+    LANES, RUN, Guess, Row, Sums, across_lanes, add, clear, divergence_of, element, fold, lower_by,
+    round_off, two_sum,
+)
 from vecmath cimport INFINITY, NAN, exp, larger, phi, real, residual_product, smaller
 
 cdef enum:
     WEIGHT = 0
     DIVERGENCE = LANES
     DRIFT = 2 * LANES    # sum of e^a y; excess = divergence + drift
-    FARTHEST = 3 * LANES # largest |y|; infinity where q = 0 < p
+    ADDED = 3 * LANES
+    FARTHEST = 3 * LANES # not a sum: the largest |y|; infinity where q = 0 < p
     ACCUMULATORS = 4 * LANES
 
 cdef enum:               # shift = log(sum e^a / sum e^b) and 1/T in two parts: value and rest
@@ -234,45 +238,58 @@ cdef enum Loop:
     FAR
 
 
-cdef inline double run_loop(int loop, const real *a, const real *b, int n, const real *constants,
-                            real *sums) noexcept nogil:
+cdef inline void add_terms(int loop, const real *a, const real *b, const real *constants, int first,
+                           real *sums) noexcept nogil:
+    if loop == Loop.PLAIN:
+        plain_terms(a, b, constants, first, sums)
+    elif loop == Loop.EXACT:
+        exact_terms(a, b, constants, first, sums)
+    else:
+        far_terms(a, b, constants, first, sums)
+
+
+cdef inline double run_loop(int loop, const real **x, int n, const real *constants,
+                            double *totals) noexcept nogil:
     """The sums of n >= LANES elements; returns the largest |y|, which tells whether they hold."""
-    cdef int i, lane, rest = n % LANES
+    cdef real sums[ACCUMULATORS]
+    cdef int i, step, lane, rest = n % LANES
     cdef double farthest = 0
     for i in range(ACCUMULATORS):
         sums[i] = 0
-    if loop == Loop.PLAIN:
-        for i in range(n // LANES):
-            plain_terms(a + i * LANES, b + i * LANES, constants, 0, sums)
-        if rest:
-            plain_terms(a + n - LANES, b + n - LANES, constants, LANES - rest, sums)
-    elif loop == Loop.EXACT:
-        for i in range(n // LANES):
-            exact_terms(a + i * LANES, b + i * LANES, constants, 0, sums)
-        if rest:
-            exact_terms(a + n - LANES, b + n - LANES, constants, LANES - rest, sums)
-    else:
-        for i in range(n // LANES):
-            far_terms(a + i * LANES, b + i * LANES, constants, 0, sums)
-        if rest:
-            far_terms(a + n - LANES, b + n - LANES, constants, LANES - rest, sums)
+    for i in range(ADDED):
+        totals[i] = 0
+    for step in range(0, n // LANES, 8):
+        for i in range(step, min(step + RUN, n // LANES)):
+            add_terms(loop, x[0] + i * LANES, x[1] + i * LANES, constants, 0, sums)
+        fold(sums, totals, ADDED)
+    if rest:
+        add_terms(loop, x[0] + n - LANES, x[1] + n - LANES, constants, LANES - rest, sums)
+        fold(sums, totals, ADDED)
     for lane in range(LANES):
         farthest = larger(<double> sums[FARTHEST + lane], farthest)
     return farthest
 
 
-cdef inline void categorical_flush(const real *sums, int lane, Sums *into) noexcept nogil:
-    cdef double divergence = sums[DIVERGENCE + lane]
-    into.weight += sums[WEIGHT + lane]
-    into.divergence += divergence
-    into.excess += divergence + sums[DRIFT + lane]
+cdef inline double run(int loop, const real **x, int n, const real *constants,
+                       double *totals) noexcept nogil:
+    if loop == Loop.PLAIN:
+        return run_loop(Loop.PLAIN, x, n, constants, totals)
+    if loop == Loop.EXACT:
+        return run_loop(Loop.EXACT, x, n, constants, totals)
+    return run_loop(Loop.FAR, x, n, constants, totals)
+
+
+cdef inline void categorical_add(const double *totals, Sums *into) noexcept nogil:
+    cdef double divergence = across_lanes(&totals[DIVERGENCE])
+    add(into, across_lanes(&totals[WEIGHT]), divergence,
+        divergence + across_lanes(&totals[DRIFT]), 0)
 
 
 cdef inline void categorical_block(const real **x, int n, Guess *guess, Sums *into) noexcept nogil:
     """Add n >= LANES elements, relative to a peak that rises with the logits."""
-    cdef real sums[ACCUMULATORS]
+    cdef double totals[ADDED]
     cdef real constants[CONSTANTS]
-    cdef int lane, loop
+    cdef int lane, loop = Loop.FAR
     cdef double beta = guess.inverse_temperature
     cdef double safe = safe_exponent(<real> 0)
     cdef Range seen = range_of(x[0], n)
@@ -282,37 +299,50 @@ cdef inline void categorical_block(const real **x, int n, Guess *guess, Sums *in
         guess.peak = seen.high_a
     for lane in range(LANES):
         set_constants(guess, lane, constants)
-    loop = Loop.EXACT if guess.peak - seen.low_a < safe / beta else Loop.FAR
     if plain and not guess.wide:
-        guess.wide = not run_loop(
-            Loop.PLAIN, x[0], x[1], n, constants, sums) < <double> FARTHEST_PLAIN
-    if not plain or guess.wide:
-        if loop == Loop.FAR or not run_loop(loop, x[0], x[1], n, constants, sums) < safe:
-            into.doubtful |= run_loop(Loop.FAR, x[0], x[1], n, constants, sums) == INFINITY
-    for lane in range(LANES):
-        categorical_flush(sums, lane, into)
+        guess.wide = not run(Loop.PLAIN, x, n, constants, totals) < <double> FARTHEST_PLAIN
+        plain = not guess.wide
+    else:
+        plain = False
+    if not plain:
+        if guess.peak - seen.low_a < safe / beta:
+            loop = Loop.EXACT if run(Loop.EXACT, x, n, constants, totals) < safe else Loop.FAR
+        if loop == Loop.FAR:
+            into.doubtful |= run(Loop.FAR, x, n, constants, totals) == INFINITY
+    categorical_add(totals, into)
 
 
-cdef inline void categorical_columns(const real **x, const npy_intp *step, int n, bint plain,
+cdef inline bint can_be_plain(const Guess *guess) noexcept nogil:
+    return guess.peak == 0 and guess.inverse_temperature == 1
+
+
+cdef inline void categorical_columns(const real **x, const npy_intp *stride, int n, bint plain,
                                      const Guess *guess, Sums *into) noexcept nogil:
-    """Add n elements of each of LANES rows, whose elements lie `step` apart. A lane is doubtful
-    where its logits are out of the loop's range."""
+    """Add n elements of each of those of LANES rows that are `plain` or are not; their elements lie
+    `stride` apart. A row is doubtful where its logits are out of the loop's range."""
     cdef real sums[ACCUMULATORS]
+    cdef double totals[ADDED]
     cdef real constants[CONSTANTS]
-    cdef int i, lane
+    cdef int i, step, lane
     cdef double limit = <double> FARTHEST_PLAIN if plain else safe_exponent(<real> 0)
     for i in range(ACCUMULATORS):
         sums[i] = 0
+    for i in range(ADDED):
+        totals[i] = 0
     for lane in range(LANES):
         set_constants(&guess[lane], lane, constants)
-    if plain:
-        for i in range(n):
-            plain_terms(x[0] + i * step[0], x[1] + i * step[1], constants, 0, sums)
-    else:
-        for i in range(n):
-            exact_terms(x[0] + i * step[0], x[1] + i * step[1], constants, 0, sums)
+    for step in range(0, n, 8):
+        for i in range(step, min(step + RUN, n)):
+            if plain:
+                plain_terms(x[0] + i * stride[0], x[1] + i * stride[1], constants, 0, sums)
+            else:
+                exact_terms(x[0] + i * stride[0], x[1] + i * stride[1], constants, 0, sums)
+        fold(sums, totals, ADDED)
     for lane in range(LANES):
-        categorical_flush(sums, lane, &into[lane])
+        if can_be_plain(&guess[lane]) != plain:
+            continue
+        add(&into[lane], totals[WEIGHT + lane], totals[DIVERGENCE + lane],
+            totals[DIVERGENCE + lane] + totals[DRIFT + lane], 0)
         into[lane].doubtful |= not sums[FARTHEST + lane] < limit
 
 
@@ -347,11 +377,11 @@ cdef inline bint categorical_refine(const Sums *sums, Guess *guess, real of_type
 
 cdef inline double log_sum_exp(const Row *row, int operand, double peak) noexcept nogil:
     """log of the sum of exp((x - peak)/T)."""
-    cdef double result = 0
+    cdef double result = 0, rest = 0
     cdef npy_intp i
     for i in range(row.length):
-        result += libm_exp((element(row, operand, i) - peak) * row.inverse_temperature)
-    return log(result)
+        result = two_sum(result, libm_exp((element(row, operand, i) - peak) * row.inverse_temperature), &rest)
+    return log(result + rest)
 
 
 cdef inline double categorical_hard_value(const Row *row, int *status) noexcept nogil:
@@ -375,7 +405,7 @@ cdef inline double categorical_hard_value(const Row *row, int *status) noexcept 
 
 cdef inline double hard_divergence(const Row *row, double peak_a, double peak_b) noexcept nogil:
     """The formula at the head with the exact shift, one element at a time."""
-    cdef double beta = row.inverse_temperature, a, b, p, y
+    cdef double beta = row.inverse_temperature, a, b, p, q, y
     cdef double lse_a = log_sum_exp(row, 0, peak_a), lse_b = log_sum_exp(row, 1, peak_b)
     cdef double shift = (peak_a - peak_b) + (lse_a - lse_b) / beta
     cdef npy_intp i
@@ -385,12 +415,10 @@ cdef inline double hard_divergence(const Row *row, double peak_a, double peak_b)
         a, b = element(row, 0, i), element(row, 1, i)
         p = libm_exp((a - peak_a) * beta)
         y = ((shift - (a - b)) * beta) if a > -INFINITY else 0
-        sums.weight += p
         if p > 0 and y < 300:
-            sums.divergence += p * (phi(y, <double> 0) if y > -700 else -1 - y)
-            sums.excess += p * expm1(y)
+            add(&sums, p, p * (phi(y, <double> 0) if y > -700 else -1 - y), p * expm1(y), 0)
         else:
-            y = libm_exp((b - peak_b) * beta - lse_b + lse_a)
-            sums.divergence += y - p + p * ((a - b - shift) * beta if p > 0 else 0.0)
-            sums.excess += y - p
+            q = libm_exp((b - peak_b) * beta - lse_b + lse_a)
+            add(&sums, p, q - p - (p * y if p > 0 else 0), q - p, 0)
+    round_off(&sums)
     return divergence_of(&sums)

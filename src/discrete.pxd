@@ -16,7 +16,9 @@ the smaller terms.
 from gufunc cimport INVALID
 from libc.math cimport fabs, frexp, ldexp
 from numpy cimport npy_intp
-from sums cimport LANES, Guess, Row, Sums, add_excess, clear, divergence_of, element
+from sums cimport (
+    LANES, RUN, Guess, Row, Sums, across_lanes, add, clear, divergence_of, element, fold, round_off,
+)
 from vecmath cimport (
     INFINITY, LN2, NAN, atanh_tail, larger, match_exponent, ratio_exponent, real,
     residual_product, smaller,
@@ -26,10 +28,12 @@ cdef enum:
     WEIGHT = 0
     DIVERGENCE = LANES
     EXCESS = 2 * LANES
-    DOUBT = 3 * LANES
-    DIRECT = 4 * LANES
-    EXCESS_REST = 5 * LANES
-    ACCUMULATORS = 6 * LANES
+    DIRECT = 3 * LANES
+    ADDED = 4 * LANES
+    DOUBT = 4 * LANES          # not a sum: 1 where a weight is out of range
+    EXACT_EXCESS = 5 * LANES   # in two parts: as it stands it counts in first order
+    EXCESS_REST = 6 * LANES
+    ACCUMULATORS = 7 * LANES
 
 
 cdef inline real smallest_weight(bint scaled, real of_type) noexcept nogil:
@@ -44,7 +48,7 @@ cdef inline void discrete_terms(const real *p, const real *q, const real *ratio,
                                 bint scaled, bint normalize, int first, real *sums) noexcept nogil:
     """Add the terms of lanes first..LANES-1. `scaled`: the ratio is not 1."""
     cdef int lane
-    cdef real x, y, e, z, difference, s, tail, term, excess, limit, direct, grown, added
+    cdef real x, y, e, z, difference, s, tail, term, excess, limit, direct, before, grown, added
     for lane in range(LANES):
         x = p[lane]
         y = q[lane] * ratio[lane] if scaled else q[lane]
@@ -69,57 +73,75 @@ cdef inline void discrete_terms(const real *p, const real *q, const real *ratio,
             direct = direct if lane >= first else <real> 0
             sums[WEIGHT + lane] += larger(direct, -direct)
             sums[DIRECT + lane] += direct
-            grown = sums[EXCESS + lane] + excess
-            added = grown - sums[EXCESS + lane]
-            sums[EXCESS_REST + lane] += (sums[EXCESS + lane] - (grown - added)) + (excess - added)
-            sums[EXCESS + lane] = grown
+            before = sums[EXACT_EXCESS + lane]
+            grown = before + excess
+            added = grown - before
+            sums[EXCESS_REST + lane] += (before - (grown - added)) + (excess - added)
+            sums[EXACT_EXCESS + lane] = grown
 
 
-cdef inline void discrete_flush(const real *sums, int lane, Sums *into) noexcept nogil:
-    into.weight += sums[WEIGHT + lane]
-    into.divergence += sums[DIVERGENCE + lane]
-    add_excess(into, sums[EXCESS + lane])
-    into.excess_rest += sums[EXCESS_REST + lane]
-    into.direct += sums[DIRECT + lane]
-    into.doubtful |= sums[DOUBT + lane] != 0
+cdef inline void add_exact_excess(const real *sums, int lane, Sums *into) noexcept nogil:
+    add(into, 0, 0, sums[EXACT_EXCESS + lane], 0)
+    add(into, 0, 0, sums[EXCESS_REST + lane], 0)
 
 
 cdef inline void discrete_block(const real **x, int n, bint scaled, bint normalize,
                                 const Guess *guess, Sums *into) noexcept nogil:
     """Add n >= LANES elements; the last lanes overlap what was added before and do not count."""
     cdef real sums[ACCUMULATORS]
+    cdef double totals[ADDED]
     cdef real ratio[LANES]
     cdef real floor = smallest_weight(scaled, <real> 0)
-    cdef int i, lane, rest = n % LANES
+    cdef int i, step, lane, rest = n % LANES
     for i in range(ACCUMULATORS):
         sums[i] = 0
+    for i in range(ADDED):
+        totals[i] = 0
     for lane in range(LANES):
         ratio[lane] = <real> guess.ratio
-    for i in range(n // LANES):
-        discrete_terms(x[0] + i * LANES, x[1] + i * LANES, ratio, floor, scaled, normalize, 0, sums)
+    for step in range(0, n // LANES, 8):
+        for i in range(step, min(step + RUN, n // LANES)):
+            discrete_terms(
+                x[0] + i * LANES, x[1] + i * LANES, ratio, floor, scaled, normalize, 0, sums)
+        fold(sums, totals, ADDED)
     if rest:
-        i = n - LANES
-        discrete_terms(x[0] + i, x[1] + i, ratio, floor, scaled, normalize, LANES - rest, sums)
+        discrete_terms(x[0] + n - LANES, x[1] + n - LANES, ratio, floor, scaled, normalize,
+                       LANES - rest, sums)
+        fold(sums, totals, ADDED)
+    add(into, across_lanes(&totals[WEIGHT]), across_lanes(&totals[DIVERGENCE]),
+        across_lanes(&totals[EXCESS]), across_lanes(&totals[DIRECT]))
     for lane in range(LANES):
-        discrete_flush(sums, lane, into)
+        add_exact_excess(sums, lane, into)
+        into.doubtful |= sums[DOUBT + lane] != 0
 
 
-cdef inline void discrete_columns(const real **x, const npy_intp *step, int n, bint scaled,
+cdef inline void discrete_columns(const real **x, const npy_intp *stride, int n, bint scaled,
                                   bint normalize, const Guess *guess, Sums *into) noexcept nogil:
-    """Add n elements of each of LANES rows, whose elements lie `step` apart."""
+    """Add n elements of each of those of LANES rows that are `scaled` or are not; their elements
+    lie `stride` apart."""
     cdef real sums[ACCUMULATORS]
+    cdef double totals[ADDED]
     cdef real ratio[LANES]
     cdef real floor = smallest_weight(scaled, <real> 0)
-    cdef int i, lane
+    cdef int i, step, lane
     for i in range(ACCUMULATORS):
         sums[i] = 0
+    for i in range(ADDED):
+        totals[i] = 0
     for lane in range(LANES):
         ratio[lane] = <real> guess[lane].ratio
-    for i in range(n):
-        discrete_terms(x[0] + i * step[0], x[1] + i * step[1], ratio, floor, scaled, normalize,
-                       0, sums)
+    for step in range(0, n, 8):
+        for i in range(step, min(step + RUN, n)):
+            discrete_terms(x[0] + i * stride[0], x[1] + i * stride[1], ratio, floor, scaled,
+                           normalize, 0, sums)
+        fold(sums, totals, ADDED)
     for lane in range(LANES):
-        discrete_flush(sums, lane, &into[lane])
+        if (guess[lane].ratio != 1) != scaled:
+            continue
+        add(&into[lane], totals[WEIGHT + lane], totals[DIVERGENCE + lane], totals[EXCESS + lane],
+            totals[DIRECT + lane])
+        add_exact_excess(sums, lane, &into[lane])
+        into[lane].doubtful |= sums[DOUBT + lane] != 0
 
 
 cdef inline double total(const real *x, int n) noexcept nogil:
@@ -177,7 +199,7 @@ cdef inline double plain_sum(const Sums *sums) noexcept nogil:
     """sum p log(p/q), from the form whose terms are smaller; weight holds sum |p log(p/q)|."""
     if sums.weight <= sums.divergence + fabs(sums.excess):
         return sums.direct
-    return (sums.divergence - sums.excess_rest) - sums.excess
+    return sums.divergence - sums.excess
 
 
 cdef inline double log_ratio(double p, double q) noexcept nogil:
@@ -219,10 +241,8 @@ cdef inline double hard_plain_sum(const Row *row) noexcept nogil:
     for i in range(row.length):
         p, q = element(row, 0, i), element(row, 1, i)
         direct = p * log_ratio(p, q) if p > 0 else 0
-        sums.weight += fabs(direct)
-        sums.direct += direct
-        sums.divergence += hard_term(p, q, p - q)
-        add_excess(&sums, q - p)
+        add(&sums, fabs(direct), hard_term(p, q, p - q), q - p, direct)
+    round_off(&sums)
     return plain_sum(&sums)
 
 
@@ -241,13 +261,12 @@ cdef inline double hard_divergence(const Row *row, double largest_p,
         total_q += ldexp(element(row, 1, i), -up_q)
     ratio = total_p / total_q
     clear(&sums)
-    sums.weight = total_p
     for i in range(row.length):
         p, q = ldexp(element(row, 0, i), -up_p), ldexp(element(row, 1, i), -up_q)
         scaled_q = ratio * q
         difference = (p - scaled_q) + residual_product(ratio, q, scaled_q)
-        sums.excess -= difference
-        sums.divergence += hard_term(p, scaled_q, difference)
+        add(&sums, p, hard_term(p, scaled_q, difference), -difference, 0)
+    round_off(&sums)
     return divergence_of(&sums)
 
 

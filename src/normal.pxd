@@ -15,7 +15,7 @@ from gufunc cimport INVALID
 from libc.math cimport exp as libm_exp, expm1, fabs, log
 from numpy cimport npy_intp
 from discrete cimport log_ratio
-from sums cimport LANES, Row, Sums, element
+from sums cimport LANES, RUN, Row, Sums, across_lanes, add, element, fold
 from vecmath cimport (
     INFINITY, LN2, NAN, atanh_tail, exp, larger, match_exponent, phi, pow2, ratio_exponent, real,
     residual_product, smaller,
@@ -86,39 +86,47 @@ cdef inline void normal_terms(const real *m_p, const real *s_p, const real *m_q,
         sums[DOUBT + lane] = sums[DOUBT + lane] if doubt <= 0 else 1  # NaN is in doubt
 
 
-cdef inline void normal_flush(const real *sums, int lane, Sums *into) noexcept nogil:
-    into.divergence += 0.5 * sums[DIVERGENCE + lane]
-    into.doubtful |= sums[DOUBT + lane] != 0
-
-
 cdef inline void normal_block_of(const real **x, int n, int spread_p, int spread_q,
                                  Sums *into) noexcept nogil:
     cdef real sums[ACCUMULATORS]
-    cdef int i, lane, rest = n % LANES
+    cdef double totals[LANES]
+    cdef int i, step, lane, rest = n % LANES
     for i in range(ACCUMULATORS):
         sums[i] = 0
-    for i in range(n // LANES):
-        normal_terms(x[0] + i * LANES, x[1] + i * LANES, x[2] + i * LANES, x[3] + i * LANES,
-                     spread_p, spread_q, 0, sums)
+    for lane in range(LANES):
+        totals[lane] = 0
+    for step in range(0, n // LANES, 8):
+        for i in range(step, min(step + RUN, n // LANES)):
+            normal_terms(x[0] + i * LANES, x[1] + i * LANES, x[2] + i * LANES, x[3] + i * LANES,
+                         spread_p, spread_q, 0, sums)
+        fold(sums, totals, LANES)
     if rest:
         i = n - LANES
         normal_terms(
             x[0] + i, x[1] + i, x[2] + i, x[3] + i, spread_p, spread_q, LANES - rest, sums)
+        fold(sums, totals, LANES)
+    add(into, 0, 0.5 * across_lanes(totals), 0, 0)
     for lane in range(LANES):
-        normal_flush(sums, lane, into)
+        into.doubtful |= sums[DOUBT + lane] != 0
 
 
-cdef inline void normal_columns_of(const real **x, const npy_intp *step, int n, int spread_p,
+cdef inline void normal_columns_of(const real **x, const npy_intp *stride, int n, int spread_p,
                                    int spread_q, Sums *into) noexcept nogil:
     cdef real sums[ACCUMULATORS]
-    cdef int i, lane
+    cdef double totals[LANES]
+    cdef int i, step, lane
     for i in range(ACCUMULATORS):
         sums[i] = 0
-    for i in range(n):
-        normal_terms(x[0] + i * step[0], x[1] + i * step[1], x[2] + i * step[2],
-                     x[3] + i * step[3], spread_p, spread_q, 0, sums)
     for lane in range(LANES):
-        normal_flush(sums, lane, &into[lane])
+        totals[lane] = 0
+    for step in range(0, n, 8):
+        for i in range(step, min(step + RUN, n)):
+            normal_terms(x[0] + i * stride[0], x[1] + i * stride[1], x[2] + i * stride[2],
+                         x[3] + i * stride[3], spread_p, spread_q, 0, sums)
+        fold(sums, totals, LANES)
+    for lane in range(LANES):
+        add(&into[lane], 0, 0.5 * totals[lane], 0, 0)
+        into[lane].doubtful |= sums[DOUBT + lane] != 0
 
 
 cdef inline void normal_block(const real **x, int n, const Row *row, Sums *into) noexcept nogil:

@@ -13,7 +13,7 @@ from libc.math cimport isfinite
 from libc.stdlib cimport free, malloc
 from numpy cimport npy_intp
 from categorical cimport (
-    Range, categorical_block, categorical_columns, categorical_guess, categorical_guess_lane,
+    Range, can_be_plain, categorical_block, categorical_columns, categorical_guess, categorical_guess_lane,
     categorical_hard_value, categorical_refine, column_ranges, start_range,
 )
 from discrete cimport (
@@ -24,7 +24,7 @@ from gufunc cimport INVALID, NO_MEMORY, Batch, Kernel, Plan, Watch, look_for_sig
 from normal cimport normal_block, normal_columns, normal_hard_value
 from sums cimport (
     BLOCK, LANES, MAX_OPERANDS, SHORT_ROW, Family, Format, Guess, Row, Sums, clear, divergence_of,
-    merge, well_conditioned,
+    merge, round_off, well_conditioned,
 )
 from vecmath cimport INFINITY, NAN, from_bfloat16, from_float16, real
 
@@ -198,6 +198,7 @@ cdef inline bint fast_value(const Row *row, Watch *watch, double *value,
     guess_row(row, &guess, of_type)
     for attempt in range(MAX_PASSES):
         sums = sum_row(row, &guess, watch, of_type)
+        round_off(&sums)
         if not is_sound(&sums):
             return False
         if finish(row, &sums, value):
@@ -274,23 +275,25 @@ cdef inline void load_strip(const Row *rows, npy_intp start, real *buffer, const
 cdef inline void add_columns(const Row *row, const real **x, const npy_intp *step, int n,
                              const Guess *guesses, Sums *into) noexcept nogil:
     """As add_block, for n columns of LANES rows."""
-    cdef int lane
-    cdef bint scaled = False, plain = True
+    cdef int lane, simple = 0
     if row.family == Family.NORMAL:
         normal_columns(x, step, n, row, into)
+    elif row.family == Family.DISCRETE and not row.normalize:
+        discrete_columns(x, step, n, False, False, guesses, into)
     elif row.family == Family.DISCRETE:
         for lane in range(LANES):
-            scaled |= guesses[lane].ratio != 1
-        if not row.normalize:
-            discrete_columns(x, step, n, False, False, guesses, into)
-        elif scaled:
-            discrete_columns(x, step, n, True, True, guesses, into)
-        else:
+            simple += guesses[lane].ratio == 1
+        if simple > 0:
             discrete_columns(x, step, n, False, True, guesses, into)
+        if simple < LANES:
+            discrete_columns(x, step, n, True, True, guesses, into)
     else:
         for lane in range(LANES):
-            plain &= guesses[lane].peak == 0 and guesses[lane].inverse_temperature == 1
-        categorical_columns(x, step, n, plain, guesses, into)
+            simple += can_be_plain(&guesses[lane])
+        if simple > 0:
+            categorical_columns(x, step, n, True, guesses, into)
+        if simple < LANES:
+            categorical_columns(x, step, n, False, guesses, into)
 
 
 cdef inline void rows_side_by_side(const Row *rows, int used, double *values, Watch *watch,
@@ -324,6 +327,7 @@ cdef inline void rows_side_by_side(const Row *rows, int used, double *values, Wa
             break
         load_strip(rows, start, buffer, x, step, &n)
     for lane in range(used):
+        round_off(&sums[lane])
         if not (trusted[lane] and is_sound(&sums[lane])
                 and finish(&rows[lane], &sums[lane], &values[lane])):
             values[lane] = row_value(&rows[lane], watch, status, of_type)

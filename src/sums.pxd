@@ -8,11 +8,12 @@ only conditioning, which u shows: then the row is summed again with what the fir
 
 from libc.math cimport exp, fabs
 from numpy cimport npy_intp
-from vecmath cimport INFINITY, from_bfloat16, from_float16, minus_log1p
+from vecmath cimport INFINITY, from_bfloat16, from_float16, minus_log1p, real
 
 cdef enum:
     LANES = 16         # rows or elements that are computed side by side
-    BLOCK = 512        # elements that are summed in their own type before double takes over
+    BLOCK = 512        # elements that are looked at together
+    RUN = 8            # terms a lane sums in its own type before double takes over
     MAX_OPERANDS = 4
 
 ctypedef struct Guess:
@@ -26,23 +27,59 @@ ctypedef struct Sums:
     double weight               # sum of p
     double divergence           # sum of p log(p/q') - p + q'
     double excess               # sum of q' - p
-    double excess_rest          # what its rounding left; wanted where it counts in first order
     double direct               # sum of p log(p/q), where it is wanted as it stands
+    double rest[4]              # what the rounding of each of these left out
     double peak                 # weight, divergence and excess are multiples of exp(peak)
     bint doubtful               # a value outside the fast formula's range
 
 
 cdef inline void clear(Sums *sums) noexcept nogil:
-    sums.weight = sums.divergence = sums.excess = sums.excess_rest = sums.direct = 0
+    cdef int i
+    sums.weight = sums.divergence = sums.excess = sums.direct = 0
+    for i in range(4):
+        sums.rest[i] = 0
     sums.peak = 0
     sums.doubtful = False
 
 
-cdef inline void add_excess(Sums *into, double x) noexcept nogil:
-    cdef double total = into.excess + x
-    cdef double added = total - into.excess
-    into.excess_rest += (into.excess - (total - added)) + (x - added)
-    into.excess = total
+cdef inline double two_sum(double x, double y, double *rest) noexcept nogil:
+    """x + y; what its rounding left is added to `rest` (Knuth)."""
+    cdef double total = x + y
+    cdef double added = total - x
+    rest[0] += (x - (total - added)) + (y - added)
+    return total
+
+
+cdef inline void add(Sums *into, double weight, double divergence, double excess,
+                     double direct) noexcept nogil:
+    into.weight = two_sum(into.weight, weight, &into.rest[0])
+    into.divergence = two_sum(into.divergence, divergence, &into.rest[1])
+    into.excess = two_sum(into.excess, excess, &into.rest[2])
+    into.direct = two_sum(into.direct, direct, &into.rest[3])
+
+
+cdef inline void round_off(Sums *sums) noexcept nogil:
+    """Every sum to its nearest double, the rests included."""
+    sums.weight += sums.rest[0]
+    sums.divergence += sums.rest[1]
+    sums.excess += sums.rest[2]
+    sums.direct += sums.rest[3]
+
+
+cdef inline void fold(real *sums, double *totals, int n) noexcept nogil:
+    """Empty lanes of sums into double: a long run of equal terms would round the same way."""
+    cdef int i
+    for i in range(n):
+        totals[i] += sums[i]
+        sums[i] = 0
+
+
+cdef inline double across_lanes(const double *totals) noexcept nogil:
+    cdef double result = 0
+    cdef int lane
+    for lane in range(LANES):
+        result += totals[lane]
+    return result
 
 
 cdef inline double divergence_of(const Sums *sums) noexcept nogil:
@@ -63,24 +100,26 @@ cdef inline bint well_conditioned(const Sums *sums) noexcept nogil:
 
 cdef inline void lower_by(Sums *sums, double exponent) noexcept nogil:
     """Make the sums relative to a peak that is higher by this exponent."""
+    cdef int i
     cdef double factor = exp(-exponent) if exponent < INFINITY else 0.0
     sums.weight *= factor
     sums.divergence *= factor
     sums.excess *= factor
+    for i in range(4):
+        sums.rest[i] *= factor
 
 
 cdef inline void merge(Sums *into, Sums *part, double inverse_temperature) noexcept nogil:
+    cdef int i
     cdef double rise = (part.peak - into.peak) * inverse_temperature
     if rise > 0:
         lower_by(into, rise)
         into.peak = part.peak
     elif rise < 0:
         lower_by(part, -rise)
-    into.weight += part.weight
-    into.divergence += part.divergence
-    add_excess(into, part.excess)
-    into.excess_rest += part.excess_rest
-    into.direct += part.direct
+    for i in range(4):
+        into.rest[i] += part.rest[i]
+    add(into, part.weight, part.divergence, part.excess, part.direct)
     into.doubtful |= part.doubtful
 
 

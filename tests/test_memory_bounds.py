@@ -9,7 +9,6 @@ import fresh
 import guarded
 from registry import ENTRIES
 
-
 SAME_KERNEL = ("-sparse", "-counts", "-totals", "-masked")  # other values, the same reads
 KERNELS = [entry for entry in ENTRIES if not entry.id.endswith(SAME_KERNEL)]
 
