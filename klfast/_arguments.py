@@ -93,10 +93,9 @@ def _to_numpy(argument: str, x: Any) -> np.ndarray[Any, Any]:
 
 def check_base(base: Any) -> float:
     """log(base), by which nats are divided."""
-    try:
-        value = float(base)
-    except (TypeError, ValueError):
-        raise TypeError(f"base must be a number, got {type(base).__name__}") from None
+    if not isinstance(base, (int, float, np.floating, np.integer)) or isinstance(base, bool):
+        raise TypeError(f"base must be a number, got {type(base).__name__}")
+    value = float(base)
     if not 0 < value < math.inf or value == 1:
         raise ValueError(f"base must be a positive finite number other than 1, got {base}")
     return math.log(value)
@@ -129,6 +128,25 @@ def check_out(out: Any, keepdims: bool = False, axis: int = -1) -> Any:
     return np.squeeze(out, axis)
 
 
+def check_out_shape(
+    out: Any, target: Any, operands: Sequence[Any], extra: Sequence[Any], axis: int
+) -> None:
+    """The gufunc would broadcast its result to a larger `out`."""
+    try:
+        batch = np.broadcast_shapes(
+            *(_without(np.shape(x), axis) for x in operands), *map(np.shape, extra)
+        )
+    except ValueError:
+        return  # the gufunc refuses the operands
+    if target.shape != batch:
+        raise ValueError(f"out has shape {out.shape}; wanted the batch shape {batch}")
+
+
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    axis %= len(shape)
+    return shape[:axis] + shape[axis + 1 :]
+
+
 def reduce(
     name: str,
     arrays: Mapping[str, Any],
@@ -151,6 +169,8 @@ def reduce(
             raise explain(error, list(arrays), operands, extra, axis, out) from None
     axis = check_axis(axis, arrays, operands)
     target = None if out is None else check_out(out, keepdims, axis)
+    if target is not None:
+        check_out_shape(out, target, operands, extra, axis)
     moved = operands if axis == -1 else [_axis_last(x, axis) for x in operands]
     try:
         result = _call(gufunc, [*moved, *extra], len(operands), target)
@@ -241,7 +261,7 @@ def explain(
     if len(lengths) > 1:
         return ValueError(f"{' and '.join(names)} differ in length along axis {axis}: {listed}")
     try:
-        batch = np.broadcast_shapes(*(np.delete(s, axis) for s in shapes), *map(np.shape, extra))
+        batch = np.broadcast_shapes(*(_without(s, axis) for s in shapes), *map(np.shape, extra))
     except ValueError:
         also = "".join(f", temperature {np.shape(x)}" for x in extra)
         return ValueError(f"the batch axes of {listed}{also} do not broadcast together")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from klfast._arguments import reduce
+from klfast._arguments import as_array, reduce
 
 __all__ = ["kl_categorical"]
 
@@ -94,13 +95,11 @@ def kl_categorical(
 
 
 def _check_temperature(temperature: Any) -> Any:
-    if type(temperature) is not float:
-        try:
-            temperature = np.asarray(temperature, dtype=np.float64)
-        except (TypeError, ValueError):
-            raise TypeError(
-                f"temperature must be a number or an array of numbers, got {temperature!r}"
-            ) from None
+    if type(temperature) is float:
+        if 0 < temperature < math.inf:
+            return temperature
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    temperature = np.asarray(as_array("temperature", temperature), dtype=np.float64)
     if not np.all((temperature > 0) & (temperature < np.inf)):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     return temperature

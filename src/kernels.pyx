@@ -11,10 +11,11 @@ import numpy as np
 cimport numpy as cnp
 from numpy cimport npy_intp
 from gufunc cimport Kernel, gufunc_loop
-from rows cimport plan_rows, reduce_rows_f32, reduce_rows_f64
 from mvn cimport mvn_rows_f32, mvn_rows_f64, plan_mvn
 from normal cimport Spread
 from sums cimport Family, Format
+
+include "rows.pxi"
 
 cnp.import_array()
 cnp.import_ufunc()

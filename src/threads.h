@@ -37,7 +37,7 @@ static int orphaned = 0;
 
 static inline void release_workers(void) {
 #ifdef KLFAST_CAN_PAUSE
-    if (!omp_in_parallel())
+    if (!orphaned && !omp_in_parallel())
         workers_released = omp_pause_resource_all(omp_pause_hard) == 0;
 #endif
 }

@@ -24,7 +24,7 @@ SMALLEST_RELATIVE_DIFFERENCE = {"float32": 1e-6, "float64": 1e-8}
 # The absolute error allowed where the result does not depend on the scale of its inputs: what
 # rounding one common factor leaves of an exact zero (K = 1, proportional weights). It is far below
 # what the rounding of the inputs themselves makes, 4e-15 and 1e-32.
-ZERO = {"float32": 1e-20, "float64": 1e-30}
+ZERO = {"float32": 1e-28, "float64": 1e-40}
 
 
 @dataclass(frozen=True)

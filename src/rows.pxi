@@ -33,7 +33,7 @@ cdef enum:
     MAX_PASSES = 6             # over one row, each with the guess that the one before found
 
 
-cdef inline void convert(const Row *row, int operand, npy_intp start, int n, real *into) noexcept nogil:
+cdef void convert(const Row *row, int operand, npy_intp start, int n, real *into) noexcept nogil:
     cdef npy_intp step = row.step[operand]
     cdef const char *data = row.data[operand] + start * step
     cdef int i
@@ -56,7 +56,7 @@ cdef inline bint lies_ready(const Row *row, int operand, real of_type) noexcept 
     return row.format == format and row.step[operand] == sizeof(real)
 
 
-cdef inline const real *load(const Row *row, int operand, npy_intp start, int n,
+cdef const real *load(const Row *row, int operand, npy_intp start, int n,
                              real *buffer) noexcept nogil:
     """n elements side by side: in place, or in the buffer. Fewer than LANES have LANES - n copies
     of the first before them, so that whole vectors can be read up to the last."""
@@ -70,7 +70,7 @@ cdef inline const real *load(const Row *row, int operand, npy_intp start, int n,
     return buffer + padding
 
 
-cdef inline void load_block(const Row *row, npy_intp start, int n, real *buffer,
+cdef void load_block(const Row *row, npy_intp start, int n, real *buffer,
                             const real **x) noexcept nogil:
     cdef int operand
     for operand in range(row.n_operands):
@@ -82,7 +82,7 @@ cdef inline int block_length(npy_intp start, npy_intp stop) noexcept nogil:
     return BLOCK if stop - start >= BLOCK + LANES else <int> (stop - start)
 
 
-cdef inline void guess_row(const Row *row, Guess *guess, real of_type) noexcept nogil:
+cdef void guess_row(const Row *row, Guess *guess, real of_type) noexcept nogil:
     cdef real buffer[MAX_OPERANDS * (BLOCK + LANES)]
     cdef const real *x[MAX_OPERANDS]
     cdef npy_intp start = 0
@@ -98,7 +98,7 @@ cdef inline void guess_row(const Row *row, Guess *guess, real of_type) noexcept 
         start += n
 
 
-cdef inline void add_block(const Row *row, const real **x, int n, Guess *guess,
+cdef void add_block(const Row *row, const real **x, int n, Guess *guess,
                            Sums *into) noexcept nogil:
     if row.family == Family.NORMAL:
         normal_block(x, n, row, into)
@@ -113,7 +113,7 @@ cdef inline void add_block(const Row *row, const real **x, int n, Guess *guess,
         categorical_block(x, n, guess, into)
 
 
-cdef inline Sums sum_piece(const Row *row, npy_intp start, npy_intp stop, Guess guess,
+cdef Sums sum_piece(const Row *row, npy_intp start, npy_intp stop, Guess guess,
                            real of_type) noexcept nogil:
     cdef real buffer[MAX_OPERANDS * (BLOCK + LANES)]
     cdef const real *x[MAX_OPERANDS]
@@ -133,14 +133,14 @@ cdef inline npy_intp pieces_of(const Row *row) noexcept nogil:
     return max(<npy_intp> 1, row.length // PIECE)
 
 
-cdef inline Sums sum_one_piece(const Row *row, npy_intp piece, const Guess *guess,
+cdef Sums sum_one_piece(const Row *row, npy_intp piece, const Guess *guess,
                                real of_type) noexcept nogil:
     cdef bint last = piece + 1 == pieces_of(row)
     return sum_piece(
         row, piece * PIECE, row.length if last else (piece + 1) * PIECE, guess[0], of_type)
 
 
-cdef inline Sums sum_row(const Row *row, const Guess *guess, Watch *watch,
+cdef Sums sum_row(const Row *row, const Guess *guess, Watch *watch,
                          real of_type) noexcept nogil:
     cdef npy_intp pieces = pieces_of(row), i
     cdef Sums sums = sum_one_piece(row, 0, guess, of_type)
@@ -165,7 +165,7 @@ cdef inline Sums sum_row(const Row *row, const Guess *guess, Watch *watch,
     return sums
 
 
-cdef inline bint refine(const Row *row, const Sums *sums, Guess *guess, real of_type) noexcept nogil:
+cdef bint refine(const Row *row, const Sums *sums, Guess *guess, real of_type) noexcept nogil:
     if row.family == Family.DISCRETE:
         return discrete_refine(sums, guess)
     return categorical_refine(sums, guess, of_type)
@@ -175,10 +175,13 @@ cdef inline bint is_sound(const Sums *sums) noexcept nogil:
     return not sums.doubtful and isfinite(sums.weight + sums.divergence + sums.excess)
 
 
-cdef inline bint finish(const Row *row, const Sums *sums, double *value) noexcept nogil:
+cdef bint finish(const Row *row, const Sums *sums, double *value) noexcept nogil:
     """The value that the sums stand for; False when it is ill-conditioned."""
     if row.family == Family.NORMAL:
         value[0] = sums.divergence
+        return True
+    if row.normalize and row.length == 1 and sums.weight > 0:
+        value[0] = 0
         return True
     if not row.normalize:
         value[0] = plain_sum(sums)
@@ -187,9 +190,10 @@ cdef inline bint finish(const Row *row, const Sums *sums, double *value) noexcep
     return well_conditioned(sums)
 
 
-cdef inline bint fast_value(const Row *row, Watch *watch, double *value,
+cdef bint fast_value(const Row *row, Watch *watch, double *value,
                             real of_type) noexcept nogil:
-    """The value by the fast formulas; False when they cannot vouch for it."""
+    """The value by the fast formulas, or any when it is no longer wanted; False when they cannot
+    vouch for it."""
     cdef Guess guess
     cdef Sums sums
     cdef int attempt
@@ -198,6 +202,8 @@ cdef inline bint fast_value(const Row *row, Watch *watch, double *value,
     guess_row(row, &guess, of_type)
     for attempt in range(MAX_PASSES):
         sums = sum_row(row, &guess, watch, of_type)
+        if watch.stop:
+            return True
         round_off(&sums)
         if not is_sound(&sums):
             return False
@@ -208,7 +214,7 @@ cdef inline bint fast_value(const Row *row, Watch *watch, double *value,
     return False
 
 
-cdef inline double row_value(const Row *row, Watch *watch, int *status,
+cdef double row_value(const Row *row, Watch *watch, int *status,
                              real of_type) noexcept nogil:
     cdef double value = 0
     if fast_value(row, watch, &value, of_type):
@@ -229,7 +235,7 @@ cdef enum:
     STRIP = SHORT_ROW          # elements of each row that are gathered at a time
 
 
-cdef inline void gather(const Row *rows, int operand, npy_intp start, int n,
+cdef void gather(const Row *rows, int operand, npy_intp start, int n,
                         real *into) noexcept nogil:
     """into[i * LANES + lane] = element start + i of the lane's row."""
     cdef int i, lane
@@ -240,7 +246,7 @@ cdef inline void gather(const Row *rows, int operand, npy_intp start, int n,
             into[i * LANES + lane] = column[i]
 
 
-cdef inline bint side_by_side(const Row *rows, int operand, real of_type) noexcept nogil:
+cdef bint side_by_side(const Row *rows, int operand, real of_type) noexcept nogil:
     """Whether the lanes' elements are neighbours in memory already."""
     cdef int format = Format.FLOAT32 if real is float else Format.FLOAT64
     cdef int lane
@@ -252,7 +258,7 @@ cdef inline bint side_by_side(const Row *rows, int operand, real of_type) noexce
     return True
 
 
-cdef inline const real *columns(const Row *rows, int operand, npy_intp start, int n,
+cdef const real *columns(const Row *rows, int operand, npy_intp start, int n,
                                 real *buffer, npy_intp *step) noexcept nogil:
     """n columns of LANES elements, `step` elements apart: in place, or in the buffer."""
     if side_by_side(rows, operand, buffer[0]):
@@ -263,7 +269,7 @@ cdef inline const real *columns(const Row *rows, int operand, npy_intp start, in
     return buffer
 
 
-cdef inline void load_strip(const Row *rows, npy_intp start, real *buffer, const real **x,
+cdef void load_strip(const Row *rows, npy_intp start, real *buffer, const real **x,
                             npy_intp *step, int *n) noexcept nogil:
     cdef int operand
     n[0] = <int> min(<npy_intp> STRIP, rows[0].length - start)
@@ -272,7 +278,7 @@ cdef inline void load_strip(const Row *rows, npy_intp start, real *buffer, const
             rows, operand, start, n[0], buffer + operand * STRIP * LANES, &step[operand])
 
 
-cdef inline void add_columns(const Row *row, const real **x, const npy_intp *step, int n,
+cdef void add_columns(const Row *row, const real **x, const npy_intp *step, int n,
                              const Guess *guesses, Sums *into) noexcept nogil:
     """As add_block, for n columns of LANES rows."""
     cdef int lane, simple = 0
@@ -296,7 +302,7 @@ cdef inline void add_columns(const Row *row, const real **x, const npy_intp *ste
             categorical_columns(x, step, n, False, guesses, into)
 
 
-cdef inline void rows_side_by_side(const Row *rows, int used, double *values, Watch *watch,
+cdef void rows_side_by_side(const Row *rows, int used, double *values, Watch *watch,
                                    int *status, real of_type) noexcept nogil:
     """The values of LANES rows, of which the first `used` count. What a lane cannot vouch for is
     left to row_value, so that no row's bits depend on its neighbours."""
@@ -333,7 +339,7 @@ cdef inline void rows_side_by_side(const Row *rows, int used, double *values, Wa
             values[lane] = row_value(&rows[lane], watch, status, of_type)
 
 
-cdef inline void guess_logits(const Row *rows, real *buffer, Guess *guesses,
+cdef void guess_logits(const Row *rows, real *buffer, Guess *guesses,
                               bint *trusted) noexcept nogil:
     """Peaks and shifts of LANES rows; a lane that is not near gets harmless ones."""
     cdef const real *x[2]
@@ -353,7 +359,7 @@ cdef inline void guess_logits(const Row *rows, real *buffer, Guess *guesses,
 
 # The kernel that the gufuncs carry.
 
-cdef inline Row row_at(const Batch *batch, npy_intp index, const Kernel *kernel) noexcept nogil:
+cdef Row row_at(const Batch *batch, npy_intp index, const Kernel *kernel) noexcept nogil:
     cdef Row row
     cdef int operand
     row.family, row.format = kernel.family, kernel.options[0]
@@ -371,18 +377,18 @@ cdef inline Row row_at(const Batch *batch, npy_intp index, const Kernel *kernel)
     return row
 
 
-cdef inline npy_intp item_size(int format) noexcept nogil:
+cdef npy_intp item_size(int format) noexcept nogil:
     return 8 if format == Format.FLOAT64 else 4 if format == Format.FLOAT32 else 2
 
 
-cdef inline bint across(const Batch *batch, const Kernel *kernel) noexcept nogil:
+cdef bint across(const Batch *batch, const Kernel *kernel) noexcept nogil:
     """Whether to compute LANES rows side by side."""
     cdef npy_intp size = item_size(kernel.options[0])
     return 0 < batch.core[0] < SHORT_ROW or (
         batch.outer[0] == size and batch.inner[0] != size)
 
 
-cdef inline Plan plan_rows(const Batch *batch, const Kernel *kernel) noexcept nogil:
+cdef Plan plan_rows(const Batch *batch, const Kernel *kernel) noexcept nogil:
     cdef Plan plan
     cdef double element_ns = 0.7 if kernel.options[0] == Format.FLOAT64 else 0.4
     if kernel.family != Family.DISCRETE:
@@ -394,7 +400,7 @@ cdef inline Plan plan_rows(const Batch *batch, const Kernel *kernel) noexcept no
     return plan
 
 
-cdef inline int reduce_rows(const Batch *batch, npy_intp first, npy_intp last,
+cdef int reduce_rows(const Batch *batch, npy_intp first, npy_intp last,
                             const Kernel *kernel, Watch *watch, real of_type) noexcept nogil:
     cdef int n_inputs = kernel.n_operands - 1
     cdef char *out = batch.operands[n_inputs]
@@ -420,11 +426,11 @@ cdef inline int reduce_rows(const Batch *batch, npy_intp first, npy_intp last,
     return status
 
 
-cdef inline int reduce_rows_f32(const Batch *batch, npy_intp first, npy_intp last,
+cdef int reduce_rows_f32(const Batch *batch, npy_intp first, npy_intp last,
                                 const Kernel *kernel, Watch *watch) noexcept nogil:
     return reduce_rows(batch, first, last, kernel, watch, <float> 0)
 
 
-cdef inline int reduce_rows_f64(const Batch *batch, npy_intp first, npy_intp last,
+cdef int reduce_rows_f64(const Batch *batch, npy_intp first, npy_intp last,
                                 const Kernel *kernel, Watch *watch) noexcept nogil:
     return reduce_rows(batch, first, last, kernel, watch, <double> 0)
