@@ -188,8 +188,8 @@ def _account_for_nan(
 
 
 def _is_indefinite(cov: NDArray[Any]) -> bool:
-    """Whether the lower triangle is finite and the kernel cannot factorise it."""
-    if not np.isfinite(np.tril(cov)).all():
+    """Whether the lower triangle holds no NaN and the kernel cannot factorise it."""
+    if np.isnan(np.tril(cov)).any():
         return False
     zero = np.zeros(len(cov), cov.dtype)
     with np.errstate(invalid="ignore"):

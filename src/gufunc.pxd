@@ -62,7 +62,7 @@ ctypedef struct Kernel:
 
 
 cdef inline void look_for_signals(Watch *watch) noexcept nogil:
-    if omp_get_thread_num() == 0 and seconds() > watch.next_look:
+    if not watch.stop and omp_get_thread_num() == 0 and seconds() > watch.next_look:
         watch.stop = signal_raised()
         watch.next_look = seconds() + 0.05
 

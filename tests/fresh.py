@@ -19,8 +19,8 @@ def environment(**variables):
 
 
 def command(code, *arguments):
-    """Give the command that runs `code` with warnings as errors."""
-    return [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *map(str, arguments)]
+    """Give the command that runs `code` with warnings as errors, beside the source folder or not."""
+    return [sys.executable, "-P", "-W", "error", "-c", textwrap.dedent(code), *map(str, arguments)]
 
 
 def attempt(code, *arguments, timeout=120, **variables):
