@@ -23,7 +23,7 @@ FLOATS = frozenset("efd")
 
 
 def gufunc_for(name: str, arrays: Mapping[str, Any]) -> tuple[Callable[..., Any], list[Any]]:
-    """The gufunc and its operands: NumPy arrays or lazy ones, all of one dtype it has a loop for."""
+    """The gufunc and its operands, NumPy arrays or lazy ones, of one dtype it has a loop for."""
     operands = list(arrays.values())
     first = operands[0]
     if type(first) is np.ndarray and first.dtype.char in FLOATS:
@@ -35,7 +35,7 @@ def gufunc_for(name: str, arrays: Mapping[str, Any]) -> tuple[Callable[..., Any]
             return _kernels.gufuncs[name], operands
     operands = [as_array(argument, x) for argument, x in arrays.items()]
     dtype = common_dtype(operands)
-    if dtype.name == "bfloat16":
+    if is_bfloat16(dtype):
         return _kernels.gufuncs[name + "_bfloat16"], [x.view(np.uint16) for x in operands]
     return _kernels.gufuncs[name], [
         x.astype(dtype) if _dtype_of(x) != dtype else x for x in operands
@@ -43,7 +43,9 @@ def gufunc_for(name: str, arrays: Mapping[str, Any]) -> tuple[Callable[..., Any]
 
 
 def as_array(argument: str, x: Any) -> Any:
-    """An ndarray, a lazy array (Dask) or a Python scalar; TypeError for what klfast does not take."""
+    """An ndarray, a lazy array (Dask) or a Python scalar; TypeError for what is not taken."""
+    if type(x) is np.ndarray and x.dtype.char in FLOATS:
+        return x
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(
             f"{argument} is a masked array, which klfast does not take: mark masked entries by "
@@ -52,7 +54,7 @@ def as_array(argument: str, x: Any) -> Any:
     if isinstance(x, (int, float)) and not isinstance(x, np.generic):
         return x
     array = x if is_lazy(x) else _to_numpy(argument, x)
-    if array.dtype.name != "bfloat16" and array.dtype.char not in "efd?bBhHiIlLqQ":
+    if not is_bfloat16(array.dtype) and array.dtype.char not in "efd?bBhHiIlLqQ":
         raise TypeError(
             f"{argument} has dtype {array.dtype}; wanted float16, bfloat16, float32, float64, "
             "an integer type or bool"
@@ -64,15 +66,19 @@ def common_dtype(operands: Sequence[Any]) -> np.dtype[Any]:
     """NumPy's promotion; integers go to float64, and bfloat16 among others to float32 first."""
     dtypes = [_dtype_of(x) for x in operands]
     arrays = [d for d in dtypes if isinstance(d, np.dtype)]
-    halves = [d.name == "bfloat16" for d in arrays]
+    halves = [is_bfloat16(d) for d in arrays]
     if arrays and all(halves) and not any(is_lazy(x) or np.isscalar(x) for x in operands):
         return arrays[0]
     wide: list[Any] = [
-        np.dtype(np.float32) if isinstance(d, np.dtype) and d.name == "bfloat16" else d
-        for d in dtypes
+        np.dtype(np.float32) if isinstance(d, np.dtype) and is_bfloat16(d) else d for d in dtypes
     ]
     common = np.result_type(*wide)
     return np.dtype(np.float64) if common.kind in "biu" else common
+
+
+def is_bfloat16(dtype: np.dtype[Any]) -> bool:
+    """Whether it is ml_dtypes' bfloat16, which is no dtype of NumPy's own."""
+    return dtype.kind == "V" and dtype.name == "bfloat16"
 
 
 def _dtype_of(x: Any) -> Any:

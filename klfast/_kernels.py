@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 try:
-    from klfast import _cpu
+    _cpu = importlib.import_module("klfast._cpu")
 except ImportError as error:
     raise ImportError(
         "klfast's compiled kernels are missing. Python may have found the source folder before the "

@@ -81,6 +81,4 @@ def kl_discrete(
     1.0
     """
     name = "discrete" if normalize else "discrete_plain"
-    return reduce(
-        name, {"p": p, "q": q}, axis=axis, keepdims=keepdims, base=base, out=out
-    )
+    return reduce(name, {"p": p, "q": q}, axis=axis, keepdims=keepdims, base=base, out=out)

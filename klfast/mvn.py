@@ -102,9 +102,7 @@ def kl_mvn(
     operands = _operands(arrays)
     target = None if out is None else check_out(out)
     batch = _batch_shape(dict(zip(arrays, operands, strict=True)), out)
-    gufunc = _kernels.gufuncs[
-        f"mvn_{KINDS[kind_p]}_{KINDS[kind_q] if kind_q else 'standard'}"
-    ]
+    gufunc = _kernels.gufuncs[f"mvn_{KINDS[kind_p]}_{KINDS[kind_q] if kind_q else 'standard'}"]
     if any(is_lazy(x) for x in operands):
         return gufunc(*operands)
     scratch = target if errors == "nan" else None
@@ -142,7 +140,9 @@ def _batch_shape(operands: dict[str, Any], out: Any) -> tuple[int, ...]:
         size = core[0] if size is None else size
         if core != (size,) * n_core:
             wanted = f"(..., {size})" if n_core == 1 else f"(..., {size}, {size})"
-            raise ValueError(f"{name} has shape {x.shape}; wanted {wanted}, as loc_p has D = {size}")
+            raise ValueError(
+                f"{name} has shape {x.shape}; wanted {wanted}, as loc_p has D = {size}"
+            )
         batches.append(x.shape[:-n_core])
     try:
         batch = np.broadcast_shapes(*batches)

@@ -72,8 +72,9 @@ def kl_normal(
     -----
     Relative error at most 1e-6 (float32) and 1e-14 (float64), however close P and Q are, and never
     negative. One exception: where only one side gives log-variances, in float64, a relative error
-    of 1e-16 in the other side's variance counts as part of the input. Per dimension ½ (v_p/v_q − 1 − log(v_p/v_q)) + ½ (m_p − m_q)²/v_q, the first
-    bracket evaluated without cancellation.
+    of 1e-16 in the other side's variance counts as part of the input. Per dimension the result is
+    ½ (v_p/v_q − 1 − log(v_p/v_q)) + ½ (m_p − m_q)²/v_q, the first bracket evaluated without
+    cancellation.
 
     References
     ----------
@@ -92,7 +93,9 @@ def kl_normal(
     if loc_q is not None:
         kind_q, spread_q = only_one("q", scale=scale_q, var=var_q, logvar=logvar_q)
     elif not (scale_q is None and var_q is None and logvar_q is None):
-        raise TypeError("loc_q is missing: give it with the spread of q, or leave q out for N(0, I)")
+        raise TypeError(
+            "loc_q is missing: give it with the spread of q, or leave q out for N(0, I)"
+        )
     arrays = _broadcast(
         {
             "loc_p": loc_p,

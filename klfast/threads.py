@@ -108,7 +108,7 @@ def _asked_by_environment() -> int | None:
             return _thread_count(int(own), "KLFAST_NUM_THREADS")
         except ValueError:
             raise ImportError(
-                f"the environment variable KLFAST_NUM_THREADS must be a positive integer, got {own!r}"
+                f"the environment's KLFAST_NUM_THREADS must be a positive integer, got {own!r}"
             ) from None
     shared = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     return int(shared) if shared.isdigit() and int(shared) > 0 else None
@@ -120,7 +120,9 @@ def _processors() -> int:
     return os.cpu_count() or 1
 
 
-def _cgroup_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+def _cgroup_quota(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> float:
     """The tightest CPU quota of this process's cgroups, in processors. OpenMP knows none of it."""
     quotas = [float("inf")]
     try:

@@ -1,9 +1,8 @@
 """The hallway: hangs every row kernel up as a NumPy gufunc.
 
 Compiled once for each instruction set, under a module name of its own; `klfast._kernels` picks
-one. What Python owes: arrays of the registered dtypes or ones that cast to them, logits' temperature
-positive. What the gufuncs owe: the result of every row by the design's table of edge cases, the
-"invalid" floating-point status for rows that are NaN because a value was bad, and nothing else.
+one and states what either side owes. Files that are included rather than cimported hold what GCC
+may leave un-inlined (see inline.h).
 """
 
 import numpy as np

@@ -19,7 +19,7 @@ def environment(**variables):
 
 
 def command(code, *arguments):
-    """Give the command that runs `code` with warnings as errors, beside the source folder or not."""
+    """Give the command that runs `code`; warnings are errors, the source folder is not imported."""
     return [sys.executable, "-P", "-W", "error", "-c", textwrap.dedent(code), *map(str, arguments)]
 
 
