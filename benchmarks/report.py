@@ -31,6 +31,7 @@ import bench_categorical
 import bench_discrete
 import bench_mvn
 import bench_normal
+from figures import draw_error, draw_speed
 from peers import peers_of
 from registry import IDS
 from suite import (
@@ -214,13 +215,14 @@ def noise_of(results: Iterable[Result]) -> tuple[float, float] | None:
 def readme_part(results: list[Result], small: dict[str, float], seen: dict[str, Any]) -> str:
     """Give what stands between the markers."""
     versions = ", ".join(f"{name} {number}" for name, number in seen["versions"].items())
-    calls = ", ".join(f"{name} {1e6 * t:.2g} µs" for name, t in small.items() if name != "klfast")
+    calls = ", ".join(f"{name} {1e6 * t:.3g} µs" for name, t in small.items() if name != "klfast")
     noise = noise_of(results)
-    noise_text = (
-        f"klfast timed against itself in the same way: {noise[0]:.2f} to {noise[1]:.2f}."
-        if noise
-        else "Times are those of a pytest-benchmark run, in which the peers do not take turns."
-    )
+    how = "Medians of a pytest-benchmark run, in which each call is timed by itself."
+    if noise:
+        how = (
+            "Medians of calls that take turns in one process; klfast timed against itself in the "
+            f"same way: {noise[0]:.2f} to {noise[1]:.2f}."
+        )
     lines = [
         "Milliseconds on one thread · how many times klfast's time (**bold** where klfast loses) · "
         "largest relative error against exact values on a sample of the same rows. *Wrong*: the "
@@ -230,11 +232,10 @@ def readme_part(results: list[Result], small: dict[str, float], seen: dict[str, 
         "",
         *table(results),
         "",
-        f"One call with K = 3: klfast {1e6 * small['klfast']:.2g} µs; {calls}.",
+        f"One call with K = 3: klfast {1e6 * small['klfast']:.3g} µs; {calls}.",
         "",
         f"{seen['processor']}, {seen['cores']} cores, {seen['system']}, {seen['instruction set']}; "
-        f"GCC {seen['compiler']}; {versions}. Medians of calls that take turns in one process. "
-        + noise_text,
+        f"compiler {seen['compiler']}; {versions}; load {seen['load']:.1f} before the run. {how}",
         "",
         "![Speed-up against size](benchmarks/results/speed.png)",
         "",
@@ -243,12 +244,16 @@ def readme_part(results: list[Result], small: dict[str, float], seen: dict[str, 
     return "\n".join(lines)
 
 
-def write_between_markers(path: Path, text: str) -> None:
-    before = path.read_text()
-    pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    if not pattern.search(before):
+PART = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
+
+
+def check_markers(path: Path) -> None:
+    if not PART.search(path.read_text()):
         raise click.ClickException(f"{path} lacks the markers {BEGIN} and {END}")
-    path.write_text(pattern.sub(lambda _: f"{BEGIN}\n{text}\n{END}", before))
+
+
+def write_between_markers(path: Path, text: str) -> None:
+    path.write_text(PART.sub(lambda _: f"{BEGIN}\n{text}\n{END}", path.read_text()))
 
 
 def write_numbers(path: Path, facts: dict[str, Any]) -> None:
@@ -290,6 +295,10 @@ CONSOLE = Console(stderr=True)
 def main(
     run: Path | None, quick: bool, seconds: float, readme: Path | None, results: Path | None
 ) -> None:
+    if not quick:
+        readme, results = readme or ROOT / "README.md", results or ROOT / "benchmarks" / "results"
+    if readme:
+        check_markers(readme)
     known = times_in(run) if run else None
     seconds = 0.01 if quick else seconds
     seen = machine()
@@ -316,18 +325,16 @@ def main(
 
     text = readme_part(rows, small, seen)
     click.echo(text)
-    if readme or not quick:
-        write_between_markers(readme or ROOT / "README.md", text)
-    if results or not quick:
-        folder = results or ROOT / "benchmarks" / "results"
-        folder.mkdir(parents=True, exist_ok=True)
-        from figures import draw_error, draw_speed
-
+    if readme:
+        write_between_markers(readme, text)
+    if results:
+        results.mkdir(parents=True, exist_ok=True)
         compared = [asdict(r) for r in sweep if r.peer not in ("klfast", AGAIN)]
-        draw_speed(compared, folder / "speed.png")
-        draw_error([asdict(r) for r in near], folder / "error.png")
+        if compared:
+            draw_speed(compared, results / "speed.png")
+        draw_error([asdict(r) for r in near], results / "error.png")
         facts = {"machine": seen, "one call, K = 3, seconds": small, "works": rows}
-        write_numbers(folder / "report.json", facts | {"sizes": sweep, "distances": near})
+        write_numbers(results / "report.json", facts | {"sizes": sweep, "distances": near})
 
 
 if __name__ == "__main__":

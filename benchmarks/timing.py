@@ -73,5 +73,5 @@ def machine() -> dict[str, object]:
         "instruction set": facts["isa"],
         "compiler": facts["compiler"],
         "versions": versions,
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan"),
     }
