@@ -30,6 +30,7 @@ from vecmath cimport INFINITY, NAN, from_bfloat16, from_float16, real
 
 cdef enum:
     PIECE = 64 * BLOCK
+    PREFIX = 128               # elements that a first guess of the shift is taken from
     MAX_PASSES = 6             # over one row, each with the guess that the one before found
 
 
@@ -95,7 +96,21 @@ cdef void guess_row(const Row *row, Guess *guess, real of_type) noexcept nogil:
             done = discrete_guess(x, n, guess)
         else:
             done = categorical_guess(x, n, guess)
+            if done and row.length > 2 * PREFIX:
+                refine_by_prefix(row, x, min(n, PREFIX), guess)
         start += n
+
+
+cdef void refine_by_prefix(const Row *row, const real **x, int n, Guess *guess) noexcept nogil:
+    """The shift of n >= LANES elements: nearer than the difference of two maxima, which every other
+    row of nearby P and Q would have to be summed again for."""
+    cdef Guess first = guess[0]
+    cdef Sums sums
+    clear(&sums)
+    categorical_block(x, n, &first, &sums)
+    round_off(&sums)
+    if is_sound(&sums):
+        refine(row, &sums, guess, x[0][0])
 
 
 cdef void add_block(const Row *row, const real **x, int n, Guess *guess,
@@ -302,45 +317,63 @@ cdef void add_columns(const Row *row, const real **x, const npy_intp *step, int 
             categorical_columns(x, step, n, False, guesses, into)
 
 
+cdef void sum_columns(const Row *rows, real *buffer, bint loaded, const real **x, npy_intp *step,
+                      const Guess *guesses, Sums *sums) noexcept nogil:
+    """The sums of LANES rows; `loaded`: a row is one strip, and x holds it."""
+    cdef npy_intp start = 0
+    cdef int n = <int> rows[0].length, lane
+    for lane in range(LANES):
+        clear(&sums[lane])
+    while start < rows[0].length:
+        if not loaded:
+            load_strip(rows, start, buffer, x, step, &n)
+        add_columns(&rows[0], x, step, n, guesses, sums)
+        start += n
+
+
 cdef void rows_side_by_side(const Row *rows, int used, double *values, Watch *watch,
-                                   int *status, real of_type) noexcept nogil:
+                            int *status, real of_type) noexcept nogil:
     """The values of LANES rows, of which the first `used` count. What a lane cannot vouch for is
     left to row_value, so that no row's bits depend on its neighbours."""
     cdef real buffer[MAX_OPERANDS * STRIP * LANES]
     cdef const real *x[MAX_OPERANDS]
     cdef npy_intp step[MAX_OPERANDS]
-    cdef npy_intp start
-    cdef int n, lane
+    cdef int n, lane, attempt
     cdef Guess guesses[LANES]
     cdef Sums sums[LANES]
     cdef bint trusted[LANES]
+    cdef bint done[LANES]
+    cdef bint again = True, loaded = rows[0].length <= STRIP
     for lane in range(LANES):
         guesses[lane].inverse_temperature = rows[lane].inverse_temperature
         guesses[lane].ratio = 1
-        trusted[lane] = True
-        clear(&sums[lane])
+        trusted[lane], done[lane] = True, lane >= used
+    if rows[0].family == Family.CATEGORICAL:
+        guess_logits(rows, buffer, guesses, trusted)
     load_strip(rows, 0, buffer, x, step, &n)
     if rows[0].family == Family.DISCRETE and rows[0].normalize:
         discrete_guess_columns(x, step, n, guesses)
-    elif rows[0].family == Family.CATEGORICAL:
-        guess_logits(rows, buffer, guesses, trusted)
-        load_strip(rows, 0, buffer, x, step, &n)
-    start = 0
-    while True:
-        add_columns(&rows[0], x, step, n, guesses, sums)
-        start += n
-        if start >= rows[0].length:
+    for attempt in range(MAX_PASSES):
+        if not again:
             break
-        load_strip(rows, start, buffer, x, step, &n)
+        again = False
+        sum_columns(rows, buffer, loaded, x, step, guesses, sums)
+        for lane in range(LANES):
+            if done[lane] or not trusted[lane]:
+                continue
+            round_off(&sums[lane])
+            trusted[lane] = is_sound(&sums[lane])
+            done[lane] = trusted[lane] and finish(&rows[lane], &sums[lane], &values[lane])
+            if trusted[lane] and not done[lane]:
+                trusted[lane] = refine(&rows[lane], &sums[lane], &guesses[lane], of_type)
+                again |= trusted[lane]
     for lane in range(used):
-        round_off(&sums[lane])
-        if not (trusted[lane] and is_sound(&sums[lane])
-                and finish(&rows[lane], &sums[lane], &values[lane])):
+        if not done[lane]:
             values[lane] = row_value(&rows[lane], watch, status, of_type)
 
 
 cdef void guess_logits(const Row *rows, real *buffer, Guess *guesses,
-                              bint *trusted) noexcept nogil:
+                       bint *trusted) noexcept nogil:
     """Peaks and shifts of LANES rows; a lane that is not near gets harmless ones."""
     cdef const real *x[2]
     cdef npy_intp step[2]
