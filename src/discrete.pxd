@@ -103,11 +103,11 @@ cdef inline void discrete_block(const real **x, int n, bint scaled, bint normali
         for i in range(step, min(step + RUN, n // LANES)):
             discrete_terms(
                 x[0] + i * LANES, x[1] + i * LANES, ratio, floor, scaled, normalize, 0, sums)
-        fold(sums, totals, ADDED)
+        fold(sums, totals, DIRECT if normalize else ADDED)
     if rest:
         discrete_terms(x[0] + n - LANES, x[1] + n - LANES, ratio, floor, scaled, normalize,
                        LANES - rest, sums)
-        fold(sums, totals, ADDED)
+        fold(sums, totals, DIRECT if normalize else ADDED)
     add(into, across_lanes(&totals[WEIGHT]), across_lanes(&totals[DIVERGENCE]),
         across_lanes(&totals[EXCESS]), across_lanes(&totals[DIRECT]))
     for lane in range(LANES):
@@ -134,7 +134,7 @@ cdef inline void discrete_columns(const real **x, const npy_intp *stride, int n,
         for i in range(step, min(step + RUN, n)):
             discrete_terms(x[0] + i * stride[0], x[1] + i * stride[1], ratio, floor, scaled,
                            normalize, 0, sums)
-        fold(sums, totals, ADDED)
+        fold(sums, totals, DIRECT if normalize else ADDED)
     for lane in range(LANES):
         if (guess[lane].ratio != 1) != scaled:
             continue
