@@ -14,7 +14,7 @@ the work, the first that is good enough for a block:
 """
 
 from gufunc cimport INVALID
-from libc.math cimport exp as libm_exp, expm1, fabs, log
+from libc.math cimport exp as libm_exp, expm1, log
 from numpy cimport npy_intp
 from sums cimport (
     LANES, RUN, Guess, Row, Sums, across_lanes, add, clear, divergence_of, element, fold, lower_by,

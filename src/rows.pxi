@@ -20,13 +20,13 @@ from discrete cimport (
     discrete_block, discrete_columns, discrete_guess, discrete_guess_columns,
     discrete_hard_value, discrete_refine, plain_sum,
 )
-from gufunc cimport INVALID, NO_MEMORY, Batch, Kernel, Plan, Watch, look_for_signals
+from gufunc cimport Batch, Kernel, Plan, Watch, look_for_signals
 from normal cimport normal_block, normal_columns, normal_hard_value
 from sums cimport (
     BLOCK, LANES, MAX_OPERANDS, SHORT_ROW, Family, Format, Guess, Row, Sums, clear, divergence_of,
     merge, round_off, well_conditioned,
 )
-from vecmath cimport INFINITY, NAN, from_bfloat16, from_float16, real
+from vecmath cimport from_bfloat16, from_float16, real
 
 cdef enum:
     PIECE = 64 * BLOCK
@@ -58,7 +58,7 @@ cdef inline bint lies_ready(const Row *row, int operand, real of_type) noexcept 
 
 
 cdef const real *load(const Row *row, int operand, npy_intp start, int n,
-                             real *buffer) noexcept nogil:
+                      real *buffer) noexcept nogil:
     """n elements side by side: in place, or in the buffer. Fewer than LANES have LANES - n copies
     of the first before them, so that whole vectors can be read up to the last."""
     cdef int i
@@ -72,7 +72,7 @@ cdef const real *load(const Row *row, int operand, npy_intp start, int n,
 
 
 cdef void load_block(const Row *row, npy_intp start, int n, real *buffer,
-                            const real **x) noexcept nogil:
+                     const real **x) noexcept nogil:
     cdef int operand
     for operand in range(row.n_operands):
         x[operand] = load(row, operand, start, n, buffer + operand * (BLOCK + LANES))
@@ -114,7 +114,7 @@ cdef void refine_by_prefix(const Row *row, const real **x, int n, Guess *guess) 
 
 
 cdef void add_block(const Row *row, const real **x, int n, Guess *guess,
-                           Sums *into) noexcept nogil:
+                    Sums *into) noexcept nogil:
     if row.family == Family.NORMAL:
         normal_block(x, n, row, into)
     elif row.family == Family.DISCRETE:
@@ -129,7 +129,7 @@ cdef void add_block(const Row *row, const real **x, int n, Guess *guess,
 
 
 cdef Sums sum_piece(const Row *row, npy_intp start, npy_intp stop, Guess guess,
-                           real of_type) noexcept nogil:
+                    real of_type) noexcept nogil:
     cdef real buffer[MAX_OPERANDS * (BLOCK + LANES)]
     cdef const real *x[MAX_OPERANDS]
     cdef Sums sums
@@ -149,14 +149,14 @@ cdef inline npy_intp pieces_of(const Row *row) noexcept nogil:
 
 
 cdef Sums sum_one_piece(const Row *row, npy_intp piece, const Guess *guess,
-                               real of_type) noexcept nogil:
+                        real of_type) noexcept nogil:
     cdef bint last = piece + 1 == pieces_of(row)
     return sum_piece(
         row, piece * PIECE, row.length if last else (piece + 1) * PIECE, guess[0], of_type)
 
 
 cdef Sums sum_row(const Row *row, const Guess *guess, Watch *watch,
-                         real of_type) noexcept nogil:
+                  real of_type) noexcept nogil:
     cdef npy_intp pieces = pieces_of(row), i
     cdef Sums sums = sum_one_piece(row, 0, guess, of_type)
     cdef Sums part
@@ -206,7 +206,7 @@ cdef bint finish(const Row *row, const Sums *sums, double *value) noexcept nogil
 
 
 cdef bint fast_value(const Row *row, Watch *watch, double *value,
-                            real of_type) noexcept nogil:
+                     real of_type) noexcept nogil:
     """The value by the fast formulas, or any when it is no longer wanted; False when they cannot
     vouch for it."""
     cdef Guess guess
@@ -230,7 +230,7 @@ cdef bint fast_value(const Row *row, Watch *watch, double *value,
 
 
 cdef double row_value(const Row *row, Watch *watch, int *status,
-                             real of_type) noexcept nogil:
+                      real of_type) noexcept nogil:
     cdef double value = 0
     if fast_value(row, watch, &value, of_type):
         return value
@@ -251,7 +251,7 @@ cdef enum:
 
 
 cdef void gather(const Row *rows, int operand, npy_intp start, int n,
-                        real *into) noexcept nogil:
+                 real *into) noexcept nogil:
     """into[i * LANES + lane] = element start + i of the lane's row."""
     cdef int i, lane
     cdef real column[STRIP]
@@ -274,7 +274,7 @@ cdef bint side_by_side(const Row *rows, int operand, real of_type) noexcept nogi
 
 
 cdef const real *columns(const Row *rows, int operand, npy_intp start, int n,
-                                real *buffer, npy_intp *step) noexcept nogil:
+                         real *buffer, npy_intp *step) noexcept nogil:
     """n columns of LANES elements, `step` elements apart: in place, or in the buffer."""
     if side_by_side(rows, operand, buffer[0]):
         step[0] = rows[0].step[operand] // <npy_intp> sizeof(real)
@@ -285,7 +285,7 @@ cdef const real *columns(const Row *rows, int operand, npy_intp start, int n,
 
 
 cdef void load_strip(const Row *rows, npy_intp start, real *buffer, const real **x,
-                            npy_intp *step, int *n) noexcept nogil:
+                     npy_intp *step, int *n) noexcept nogil:
     cdef int operand
     n[0] = <int> min(<npy_intp> STRIP, rows[0].length - start)
     for operand in range(rows[0].n_operands):
@@ -294,7 +294,7 @@ cdef void load_strip(const Row *rows, npy_intp start, real *buffer, const real *
 
 
 cdef void add_columns(const Row *row, const real **x, const npy_intp *step, int n,
-                             const Guess *guesses, Sums *into) noexcept nogil:
+                      const Guess *guesses, Sums *into) noexcept nogil:
     """As add_block, for n columns of LANES rows."""
     cdef int lane, simple = 0
     if row.family == Family.NORMAL:
@@ -434,7 +434,7 @@ cdef Plan plan_rows(const Batch *batch, const Kernel *kernel) noexcept nogil:
 
 
 cdef int reduce_rows(const Batch *batch, npy_intp first, npy_intp last,
-                            const Kernel *kernel, Watch *watch, real of_type) noexcept nogil:
+                     const Kernel *kernel, Watch *watch, real of_type) noexcept nogil:
     cdef int n_inputs = kernel.n_operands - 1
     cdef char *out = batch.operands[n_inputs]
     cdef npy_intp out_step = batch.outer[n_inputs], index
@@ -460,10 +460,10 @@ cdef int reduce_rows(const Batch *batch, npy_intp first, npy_intp last,
 
 
 cdef int reduce_rows_f32(const Batch *batch, npy_intp first, npy_intp last,
-                                const Kernel *kernel, Watch *watch) noexcept nogil:
+                         const Kernel *kernel, Watch *watch) noexcept nogil:
     return reduce_rows(batch, first, last, kernel, watch, <float> 0)
 
 
 cdef int reduce_rows_f64(const Batch *batch, npy_intp first, npy_intp last,
-                                const Kernel *kernel, Watch *watch) noexcept nogil:
+                         const Kernel *kernel, Watch *watch) noexcept nogil:
     return reduce_rows(batch, first, last, kernel, watch, <double> 0)
