@@ -11,9 +11,11 @@ cimport numpy as cnp
 from numpy cimport npy_intp
 from gufunc cimport Kernel, gufunc_loop
 from mvn cimport mvn_rows_f32, mvn_rows_f64, plan_mvn
-from normal cimport Spread
 from sums cimport Family, Format
 
+include "discrete.pxi"
+include "categorical.pxi"
+include "normal.pxi"
 include "rows.pxi"
 
 cnp.import_array()

@@ -4,227 +4,202 @@ A row is summed block by block in a fixed order: blocks of BLOCK elements in the
 of PIECE elements in double, pieces one after the other. That order is all that the bits of a
 result depend on; threads may take pieces of one row in any order.
 
-What the fast formulas cannot vouch for (values out of their range, a bad guess, bad input) is
-computed again: with a better guess, then in double, then by `hard_value`.
+What the fast formulas cannot vouch for (values out of their range, a bad ratio, bad input) is
+computed again: with a better ratio, then in double, then by the family's `hard_value`.
 """
 
 from cython.parallel cimport prange
-from libc.math cimport isfinite
-from libc.stdlib cimport free, malloc
 from numpy cimport npy_intp
-from categorical cimport (
-    Range, can_be_plain, categorical_block, categorical_columns, categorical_guess, categorical_guess_lane,
-    categorical_hard_value, categorical_refine, column_ranges, start_range,
-)
-from discrete cimport (
-    discrete_block, discrete_columns, discrete_guess, discrete_guess_columns,
-    discrete_hard_value, discrete_refine, plain_sum,
-)
 from gufunc cimport Batch, Kernel, Plan, Watch, look_for_signals
-from normal cimport normal_block, normal_columns, normal_hard_value
 from sums cimport (
-    BLOCK, LANES, MAX_OPERANDS, SHORT_ROW, Family, Format, Guess, Row, Sums, clear, divergence_of,
-    merge, round_off, well_conditioned,
+    BLOCK, LANES, MAX_OPERANDS, SHORT_ROW, STRIP, Family, Format, LaneParts, LaneSums, Row,
+    Sums, add, are_finite, clear, clear_lanes, combine, divergence_of, round_off, well_conditioned,
 )
-from vecmath cimport from_bfloat16, from_float16, real
+from vecmath cimport INFINITY, from_bfloat16, from_float16, real
+
+cdef extern from "transpose.h" nogil:
+    void transpose_f32(const float *x, npy_intp outer, npy_intp n, npy_intp lanes, float *into)
+    void transpose_f64(const double *x, npy_intp outer, npy_intp n, npy_intp lanes, double *into)
 
 cdef enum:
     PIECE = 64 * BLOCK
-    PREFIX = 128               # elements that a first guess of the shift is taken from
-    MAX_PASSES = 6             # over one row, each with the guess that the one before found
+    TEAM = 64                  # pieces that threads take in turn before they are combined
+    MAX_PASSES = 6             # over one row, each with the ratio that the one before found
 
 
-cdef void convert(const Row *row, int operand, npy_intp start, int n, real *into) noexcept nogil:
-    cdef npy_intp step = row.step[operand]
-    cdef const char *data = row.data[operand] + start * step
+# Loading.
+
+cdef inline real stored(int format, const char *at, real of_type) noexcept nogil:
+    if format == Format.FLOAT32:
+        return <real> (<const float *> at)[0]
+    if format == Format.FLOAT64:
+        return <real> (<const double *> at)[0]
+    if format == Format.FLOAT16:
+        return from_float16((<const unsigned short *> at)[0])
+    return from_bfloat16((<const unsigned short *> at)[0])
+
+
+cdef inline void convert_from(int format, const char *data, npy_intp step, int n,
+                              real *into) noexcept nogil:
     cdef int i
-    if row.format == Format.FLOAT32:
-        for i in range(n):
-            into[i] = <real> (<const float *> (data + i * step))[0]
-    elif row.format == Format.FLOAT64:
-        for i in range(n):
-            into[i] = <real> (<const double *> (data + i * step))[0]
-    elif row.format == Format.FLOAT16:
-        for i in range(n):
-            into[i] = from_float16((<const unsigned short *> (data + i * step))[0])
+    for i in range(n):
+        into[i] = stored(format, data + i * step, into[0])
+
+
+cdef void convert(int format, const char *data, npy_intp step, int n, real *into) noexcept nogil:
+    if format == Format.FLOAT32:
+        convert_from(Format.FLOAT32, data, step, n, into)
+    elif format == Format.FLOAT64:
+        convert_from(Format.FLOAT64, data, step, n, into)
+    elif format == Format.FLOAT16 and step == 2:
+        convert_from(Format.FLOAT16, data, 2, n, into)
+    elif format == Format.BFLOAT16 and step == 2:
+        convert_from(Format.BFLOAT16, data, 2, n, into)
     else:
-        for i in range(n):
-            into[i] = from_bfloat16((<const unsigned short *> (data + i * step))[0])
+        convert_from(format, data, step, n, into)
+
+
+cdef inline int native_format(real of_type) noexcept nogil:
+    return Format.FLOAT32 if real is float else Format.FLOAT64
 
 
 cdef inline bint lies_ready(const Row *row, int operand, real of_type) noexcept nogil:
-    cdef int format = Format.FLOAT32 if real is float else Format.FLOAT64
-    return row.format == format and row.step[operand] == sizeof(real)
+    return row.format == native_format(of_type) and row.step[operand] == sizeof(real)
 
 
-cdef const real *load(const Row *row, int operand, npy_intp start, int n,
-                      real *buffer) noexcept nogil:
-    """n elements side by side: in place, or in the buffer. Fewer than LANES have LANES - n copies
-    of the first before them, so that whole vectors can be read up to the last."""
-    cdef int i
-    if n >= LANES and lies_ready(row, operand, buffer[0]):
-        return <const real *> (row.data[operand] + start * sizeof(real))
-    cdef int padding = max(0, LANES - n)
-    convert(row, operand, start, n, buffer + padding)
-    for i in range(padding):
-        buffer[i] = buffer[padding]
-    return buffer + padding
-
-
-cdef void load_block(const Row *row, npy_intp start, int n, real *buffer,
-                     const real **x) noexcept nogil:
-    cdef int operand
+cdef void load_copy(const Row *row, npy_intp start, int n, real *buffer,
+                    const real **x) noexcept nogil:
+    cdef int operand, i, padding = max(0, LANES - n)
+    cdef npy_intp step
     for operand in range(row.n_operands):
-        x[operand] = load(row, operand, start, n, buffer + operand * (BLOCK + LANES))
+        step = row.step[operand]
+        convert(row.format, row.data[operand] + start * step, step, n, buffer + padding)
+        for i in range(padding):
+            buffer[i] = buffer[padding]
+        x[operand] = buffer + padding
+        buffer += BLOCK + LANES
 
+
+cdef inline void load_block(const Row *row, npy_intp start, int n, real *buffer,
+                            const real **x) noexcept nogil:
+    """n elements of each operand side by side: in place, or in the buffer. Fewer than LANES have
+    LANES - n copies of the first before them, so that whole vectors can be read up to the last."""
+    cdef int operand
+    cdef bint in_place = n >= LANES
+    for operand in range(row.n_operands):
+        in_place &= lies_ready(row, operand, buffer[0])
+        x[operand] = <const real *> row.data[operand] + start
+    if not in_place:
+        load_copy(row, start, n, buffer, x)
+
+
+# One row.
 
 cdef inline int block_length(npy_intp start, npy_intp stop) noexcept nogil:
     """No block of less than LANES at the end of a longer stretch."""
     return BLOCK if stop - start >= BLOCK + LANES else <int> (stop - start)
 
 
-cdef void guess_row(const Row *row, Guess *guess, real of_type) noexcept nogil:
-    cdef real buffer[MAX_OPERANDS * (BLOCK + LANES)]
-    cdef const real *x[MAX_OPERANDS]
-    cdef npy_intp start = 0
-    cdef int n
-    cdef bint done = row.family == Family.NORMAL or not row.normalize
-    while start < row.length and not done:
-        n = block_length(start, row.length)
-        load_block(row, start, n, buffer, x)
-        if row.family == Family.DISCRETE:
-            done = discrete_guess(x, n, guess)
-        else:
-            done = categorical_guess(x, n, guess)
-            if done and row.length > 2 * PREFIX:
-                refine_by_prefix(row, x, min(n, PREFIX), guess)
-        start += n
-
-
-cdef void refine_by_prefix(const Row *row, const real **x, int n, Guess *guess) noexcept nogil:
-    """The shift of n >= LANES elements: nearer than the difference of two maxima, which every other
-    row of nearby P and Q would have to be summed again for."""
-    cdef Guess first = guess[0]
-    cdef Sums sums
-    clear(&sums)
-    categorical_block(x, n, &first, &sums)
-    round_off(&sums)
-    if is_sound(&sums):
-        refine(row, &sums, guess, x[0][0])
-
-
-cdef void add_block(const Row *row, const real **x, int n, Guess *guess,
-                    Sums *into) noexcept nogil:
+cdef inline void sum_block(const Row *row, const real **x, int n, double ratio,
+                           Sums *sums) noexcept nogil:
+    clear(sums)
     if row.family == Family.NORMAL:
-        normal_block(x, n, row, into)
+        normal_block(x, n, row, sums)
     elif row.family == Family.DISCRETE:
-        if not row.normalize:
-            discrete_block(x, n, False, False, guess, into)
-        elif guess.ratio == 1:
-            discrete_block(x, n, False, True, guess, into)
-        else:
-            discrete_block(x, n, True, True, guess, into)
+        discrete_block(x, n, row.normalize, ratio, sums)
     else:
-        categorical_block(x, n, guess, into)
+        categorical_block(x, n, row.inverse_temperature, sums)
 
 
-cdef Sums sum_piece(const Row *row, npy_intp start, npy_intp stop, Guess guess,
-                    real of_type) noexcept nogil:
+cdef void sum_stretch(const Row *row, npy_intp start, npy_intp stop, double ratio, Sums *sums,
+                      real of_type) noexcept nogil:
+    """Elements start..stop-1, less than two pieces."""
     cdef real buffer[MAX_OPERANDS * (BLOCK + LANES)]
     cdef const real *x[MAX_OPERANDS]
-    cdef Sums sums
-    cdef int n
-    clear(&sums)
+    cdef Sums parts[2 * PIECE / BLOCK]
+    cdef int n = block_length(start, stop), blocks = 0
+    load_block(row, start, n, buffer, x)
+    if start + n == stop:
+        sum_block(row, x, n, ratio, sums)
+        return
     while start < stop:
         n = block_length(start, stop)
         load_block(row, start, n, buffer, x)
-        add_block(row, x, n, &guess, &sums)
+        sum_block(row, x, n, ratio, &parts[blocks])
+        blocks += 1
         start += n
-    sums.peak = guess.peak
-    return sums
+    combine(parts, blocks, row.inverse_temperature, sums)
 
 
 cdef inline npy_intp pieces_of(const Row *row) noexcept nogil:
     return max(<npy_intp> 1, row.length // PIECE)
 
 
-cdef Sums sum_one_piece(const Row *row, npy_intp piece, const Guess *guess,
-                        real of_type) noexcept nogil:
-    cdef bint last = piece + 1 == pieces_of(row)
-    return sum_piece(
-        row, piece * PIECE, row.length if last else (piece + 1) * PIECE, guess[0], of_type)
+cdef void sum_piece(const Row *row, npy_intp piece, double ratio, Watch *watch, Sums *sums,
+                    real of_type) noexcept nogil:
+    look_for_signals(watch)
+    if not watch.stop:
+        sum_stretch(row, piece * PIECE, row.length if piece + 1 == pieces_of(row) else (
+            piece + 1) * PIECE, ratio, sums, of_type)
 
 
-cdef Sums sum_row(const Row *row, const Guess *guess, Watch *watch,
+cdef void sum_row(const Row *row, double ratio, Watch *watch, Sums *sums,
                   real of_type) noexcept nogil:
-    cdef npy_intp pieces = pieces_of(row), i
-    cdef Sums sums = sum_one_piece(row, 0, guess, of_type)
-    cdef Sums part
-    cdef Sums *parts = NULL
+    """All there is, or anything once it is no longer wanted."""
+    cdef Sums team[TEAM + 1]
+    cdef Sums *parts = &team[1]
+    cdef npy_intp pieces = pieces_of(row), start = 0, count, i
     if pieces == 1:
-        return sums
-    if watch.threads > 1:
-        parts = <Sums *> malloc(pieces * sizeof(Sums))
-    if parts != NULL:
-        for i in prange(1, pieces, num_threads=watch.threads, schedule="dynamic"):
-            look_for_signals(watch)
-            if not watch.stop:
-                parts[i] = sum_one_piece(row, i, guess, of_type)
-    for i in range(1, pieces):
-        look_for_signals(watch)
-        if watch.stop:
-            break
-        part = parts[i] if parts != NULL else sum_one_piece(row, i, guess, of_type)
-        merge(&sums, &part, row.inverse_temperature)
-    free(parts)
-    return sums
+        sum_stretch(row, 0, row.length, ratio, sums, of_type)
+        return
+    while start < pieces and not watch.stop:
+        count = min(<npy_intp> TEAM, pieces - start)
+        for i in prange(count, num_threads=watch.threads, schedule="dynamic"):
+            sum_piece(row, start + i, ratio, watch, &parts[i], of_type)
+        if start == 0:
+            combine(parts, count, row.inverse_temperature, sums)
+        else:
+            team[0] = sums[0]
+            combine(team, count + 1, row.inverse_temperature, sums)
+        start += count
 
 
-cdef bint refine(const Row *row, const Sums *sums, Guess *guess, real of_type) noexcept nogil:
-    if row.family == Family.DISCRETE:
-        return discrete_refine(sums, guess)
-    return categorical_refine(sums, guess, of_type)
-
-
-cdef inline bint is_sound(const Sums *sums) noexcept nogil:
-    return not sums.doubtful and isfinite(sums.weight + sums.divergence + sums.excess)
-
+# What the sums stand for.
 
 cdef bint finish(const Row *row, const Sums *sums, double *value) noexcept nogil:
     """The value that the sums stand for; False when it is ill-conditioned."""
     if row.family == Family.NORMAL:
         value[0] = sums.divergence
         return True
-    if row.normalize and row.length == 1 and sums.weight > 0:
+    if not row.normalize:
+        value[0] = plain_sum(sums.weight, sums.divergence, sums.drift, sums.direct)
+        return True
+    if not sums.weight > 0:
+        return False
+    if row.length == 1:
         value[0] = 0
         return True
-    if not row.normalize:
-        value[0] = plain_sum(sums)
-        return True
-    value[0] = divergence_of(sums)
-    return well_conditioned(sums)
+    value[0] = divergence_of(sums.weight, sums.divergence, sums.drift)
+    return well_conditioned(row.family, value[0], sums.weight, sums.divergence, sums.drift)
 
 
 cdef bint fast_value(const Row *row, Watch *watch, double *value,
                      real of_type) noexcept nogil:
     """The value by the fast formulas, or any when it is no longer wanted; False when they cannot
     vouch for it."""
-    cdef Guess guess
+    cdef double ratio = 1      # which needs no scaling
     cdef Sums sums
     cdef int attempt
-    guess.ratio, guess.shift, guess.peak, guess.wide = 1, 0, 0, False
-    guess.inverse_temperature = row.inverse_temperature
-    guess_row(row, &guess, of_type)
     for attempt in range(MAX_PASSES):
-        sums = sum_row(row, &guess, watch, of_type)
+        sum_row(row, ratio, watch, &sums, of_type)
         if watch.stop:
             return True
         round_off(&sums)
-        if not is_sound(&sums):
+        if sums.doubtful or not are_finite(sums.weight, sums.divergence, sums.drift):
             return False
         if finish(row, &sums, value):
             return True
-        if not refine(row, &sums, &guess, of_type):
+        if row.family != Family.DISCRETE or not discrete_refine(&sums, &ratio):
             return False
     return False
 
@@ -246,153 +221,187 @@ cdef double row_value(const Row *row, Watch *watch, int *status,
 
 # Short rows, and rows whose elements lie further apart than the rows do: LANES rows side by side.
 
-cdef enum:
-    STRIP = SHORT_ROW          # elements of each row that are gathered at a time
+cdef inline void transpose(const real *x, npy_intp outer, int n, real *into) noexcept nogil:
+    if real is float:
+        transpose_f32(x, outer, n, LANES, into)
+    else:
+        transpose_f64(x, outer, n, LANES, into)
 
 
-cdef void gather(const Row *rows, int operand, npy_intp start, int n,
+cdef void gather(int format, const char *data, npy_intp outer, npy_intp step, int n, int rows,
                  real *into) noexcept nogil:
-    """into[i * LANES + lane] = element start + i of the lane's row."""
+    """into[i * LANES + lane] = element i of row `lane`, or of the first where there are no more
+    rows."""
     cdef int i, lane
-    cdef real column[STRIP]
+    cdef real row[STRIP]
+    if rows == LANES and step == sizeof(real) and format == native_format(into[0]):
+        transpose(<const real *> data, outer // <npy_intp> sizeof(real), n, into)
+        return
     for lane in range(LANES):
-        convert(&rows[lane], operand, start, n, column)
+        if lane < rows:
+            convert(format, data + lane * outer, step, n, row)
         for i in range(n):
-            into[i * LANES + lane] = column[i]
+            into[i * LANES + lane] = row[i] if lane < rows else into[i * LANES]
 
 
-cdef bint side_by_side(const Row *rows, int operand, real of_type) noexcept nogil:
-    """Whether the lanes' elements are neighbours in memory already."""
-    cdef int format = Format.FLOAT32 if real is float else Format.FLOAT64
-    cdef int lane
-    if rows[0].format != format or rows[0].step[operand] % sizeof(real):
-        return False
-    for lane in range(1, LANES):
-        if rows[lane].data[operand] - rows[lane - 1].data[operand] != sizeof(real):
-            return False
-    return True
+ctypedef struct Rows:
+    Row first
+    npy_intp outer[MAX_OPERANDS]     # bytes from one row to the next
+    int used                         # how many of LANES rows there are
 
 
-cdef const real *columns(const Row *rows, int operand, npy_intp start, int n,
-                         real *buffer, npy_intp *step) noexcept nogil:
+cdef void load_strip(const Rows *rows, npy_intp start, int n, real *buffer, const real **x,
+                     npy_intp *step) noexcept nogil:
     """n columns of LANES elements, `step` elements apart: in place, or in the buffer."""
-    if side_by_side(rows, operand, buffer[0]):
-        step[0] = rows[0].step[operand] // <npy_intp> sizeof(real)
-        return <const real *> (rows[0].data[operand] + start * rows[0].step[operand])
-    step[0] = LANES
-    gather(rows, operand, start, n, buffer)
-    return buffer
-
-
-cdef void load_strip(const Row *rows, npy_intp start, real *buffer, const real **x,
-                     npy_intp *step, int *n) noexcept nogil:
+    cdef const Row *row = &rows.first
     cdef int operand
-    n[0] = <int> min(<npy_intp> STRIP, rows[0].length - start)
-    for operand in range(rows[0].n_operands):
-        x[operand] = columns(
-            rows, operand, start, n[0], buffer + operand * STRIP * LANES, &step[operand])
+    cdef const char *data
+    cdef real *into
+    for operand in range(row.n_operands):
+        data = row.data[operand] + start * row.step[operand]
+        if row.format == native_format(buffer[0]) and rows.used == LANES and rows.outer[operand] == sizeof(real):
+            x[operand] = <const real *> data
+            step[operand] = row.step[operand] // <npy_intp> sizeof(real)
+        else:
+            into = buffer + operand * STRIP * LANES
+            gather(row.format, data, rows.outer[operand], row.step[operand], n, rows.used, into)
+            x[operand], step[operand] = into, LANES
 
 
-cdef void add_columns(const Row *row, const real **x, const npy_intp *step, int n,
-                      const Guess *guesses, Sums *into) noexcept nogil:
-    """As add_block, for n columns of LANES rows."""
-    cdef int lane, simple = 0
+cdef void columns(const Row *row, const real **x, const npy_intp *step, int n,
+                  LaneParts *into) noexcept nogil:
+    """The sums of n columns alone."""
+    clear_lanes(&into.sums)
     if row.family == Family.NORMAL:
         normal_columns(x, step, n, row, into)
-    elif row.family == Family.DISCRETE and not row.normalize:
-        discrete_columns(x, step, n, False, False, guesses, into)
     elif row.family == Family.DISCRETE:
-        for lane in range(LANES):
-            simple += guesses[lane].ratio == 1
-        if simple > 0:
-            discrete_columns(x, step, n, False, True, guesses, into)
-        if simple < LANES:
-            discrete_columns(x, step, n, True, True, guesses, into)
+        discrete_columns(x, step, n, row.normalize, into)
     else:
-        for lane in range(LANES):
-            simple += can_be_plain(&guesses[lane])
-        if simple > 0:
-            categorical_columns(x, step, n, True, guesses, into)
-        if simple < LANES:
-            categorical_columns(x, step, n, False, guesses, into)
+        categorical_columns(x, step, n, into)
 
 
-cdef void sum_columns(const Row *rows, real *buffer, bint loaded, const real **x, npy_intp *step,
-                      const Guess *guesses, Sums *sums) noexcept nogil:
-    """The sums of LANES rows; `loaded`: a row is one strip, and x holds it."""
-    cdef npy_intp start = 0
-    cdef int n = <int> rows[0].length, lane
-    for lane in range(LANES):
-        clear(&sums[lane])
-    while start < rows[0].length:
-        if not loaded:
-            load_strip(rows, start, buffer, x, step, &n)
-        add_columns(&rows[0], x, step, n, guesses, sums)
-        start += n
+cdef inline int strip_length(const Rows *rows, npy_intp start) noexcept nogil:
+    return <int> min(<npy_intp> STRIP, rows.first.length - start)
 
 
-cdef void rows_side_by_side(const Row *rows, int used, double *values, Watch *watch,
-                            int *status, real of_type) noexcept nogil:
-    """The values of LANES rows, of which the first `used` count. What a lane cannot vouch for is
-    left to row_value, so that no row's bits depend on its neighbours."""
-    cdef real buffer[MAX_OPERANDS * STRIP * LANES]
-    cdef const real *x[MAX_OPERANDS]
-    cdef npy_intp step[MAX_OPERANDS]
-    cdef int n, lane, attempt
-    cdef Guess guesses[LANES]
-    cdef Sums sums[LANES]
-    cdef bint trusted[LANES]
-    cdef bint done[LANES]
-    cdef bint again = True, loaded = rows[0].length <= STRIP
-    for lane in range(LANES):
-        guesses[lane].inverse_temperature = rows[lane].inverse_temperature
-        guesses[lane].ratio = 1
-        trusted[lane], done[lane] = True, lane >= used
-    if rows[0].family == Family.CATEGORICAL:
-        guess_logits(rows, buffer, guesses, trusted)
-    load_strip(rows, 0, buffer, x, step, &n)
-    if rows[0].family == Family.DISCRETE and rows[0].normalize:
-        discrete_guess_columns(x, step, n, guesses)
-    for attempt in range(MAX_PASSES):
-        if not again:
-            break
-        again = False
-        sum_columns(rows, buffer, loaded, x, step, guesses, sums)
-        for lane in range(LANES):
-            if done[lane] or not trusted[lane]:
-                continue
-            round_off(&sums[lane])
-            trusted[lane] = is_sound(&sums[lane])
-            done[lane] = trusted[lane] and finish(&rows[lane], &sums[lane], &values[lane])
-            if trusted[lane] and not done[lane]:
-                trusted[lane] = refine(&rows[lane], &sums[lane], &guesses[lane], of_type)
-                again |= trusted[lane]
-    for lane in range(used):
-        if not done[lane]:
-            values[lane] = row_value(&rows[lane], watch, status, of_type)
-
-
-cdef void guess_logits(const Row *rows, real *buffer, Guess *guesses,
-                       bint *trusted) noexcept nogil:
-    """Peaks and shifts of LANES rows; a lane that is not near gets harmless ones."""
-    cdef const real *x[2]
-    cdef npy_intp step[2]
+cdef void lane_ratios(const Rows *rows, real *buffer, const real **x, npy_intp *step,
+                      double *ratio) noexcept nogil:
+    """The ratio of the totals of each row; 1, which needs no scaling, where it is out of range. The
+    first strip is loaded."""
+    cdef double total[2][LANES]
     cdef npy_intp start = 0
     cdef int n, lane
-    cdef Range seen[LANES]
     for lane in range(LANES):
-        start_range(&seen[lane])
-    while start < rows[0].length:
-        load_strip(rows, start, buffer, x, step, &n)
-        column_ranges(x, step, n, seen)
+        total[0][lane] = total[1][lane] = 0
+    while start < rows.first.length:
+        n = strip_length(rows, start)
+        if start > 0:
+            load_strip(rows, start, n, buffer, x, step)
+        totals(x[0], step[0], n, total[0])
+        totals(x[1], step[1], n, total[1])
         start += n
     for lane in range(LANES):
-        trusted[lane] = categorical_guess_lane(seen[lane], &guesses[lane], buffer[0])
+        ratio[lane] = total[0][lane] / total[1][lane]
+        ratio[lane] = ratio[lane] if is_usable(ratio[lane]) else 1
+
+
+cdef void sum_strips(const Rows *rows, real *buffer, LaneParts *parts) noexcept nogil:
+    """The sums of LANES rows of more than one strip."""
+    cdef const Row *row = &rows.first
+    cdef const real *x[MAX_OPERANDS]
+    cdef npy_intp step[MAX_OPERANDS]
+    cdef npy_intp start = 0
+    cdef int n, lane
+    cdef Sums whole[LANES]
+    while start < row.length:
+        n = strip_length(rows, start)
+        load_strip(rows, start, n, buffer, x, step)
+        columns(row, x, step, n, parts)
+        for lane in range(LANES):
+            add_lane(&whole[lane], parts, lane, start > 0)
+        start += n
+    for lane in range(LANES):
+        round_off(&whole[lane])
+        parts.sums.weight[lane] = whole[lane].weight
+        parts.sums.divergence[lane] = whole[lane].divergence
+        parts.sums.drift[lane] = whole[lane].drift
+        parts.sums.direct[lane], parts.sums.rest[lane] = whole[lane].direct, 0
+
+
+cdef inline void add_lane(Sums *whole, const LaneParts *part, int lane, bint more) noexcept nogil:
+    """Combine what there is of a row with its next part."""
+    cdef Sums pair[2]
+    cdef Sums *sums = &pair[1] if more else whole
+    clear(sums)
+    add(sums, part.sums.weight[lane], part.sums.divergence[lane], part.sums.drift[lane],
+        part.sums.direct[lane])
+    add(sums, 0, 0, part.sums.rest[lane], 0)
+    sums.shift, sums.peak = part.shift[lane], part.peak[lane]
+    if more:
+        pair[0] = whole[0]
+        combine(pair, 2, part.beta[lane], whole)
+
+
+cdef inline void finish_lanes(const Row *row, const LaneParts *parts, double *values,
+                              bint *trusted) noexcept nogil:
+    """As `finish`, for LANES rows, and whether their sums are sound."""
+    cdef const LaneSums *sums = &parts.sums
+    cdef int lane
+    for lane in range(LANES):
+        trusted[lane] = (parts.doubtful[lane] == 0) & are_finite(
+            sums.weight[lane], sums.divergence[lane], sums.drift[lane])
+    if row.family == Family.NORMAL:
+        for lane in range(LANES):
+            values[lane] = sums.divergence[lane]
+        return
+    if not row.normalize:
+        for lane in range(LANES):
+            values[lane] = plain_sum(
+                sums.weight[lane], sums.divergence[lane], sums.drift[lane] + sums.rest[lane],
+                sums.direct[lane])
+        return
+    for lane in range(LANES):
+        values[lane] = divergence_of(sums.weight[lane], sums.divergence[lane], sums.drift[lane])
+    for lane in range(LANES):
+        trusted[lane] &= sums.weight[lane] > 0
+    if row.length == 1:
+        for lane in range(LANES):
+            values[lane] = 0
+        return
+    for lane in range(LANES):
+        trusted[lane] &= well_conditioned(
+            row.family, values[lane], sums.weight[lane], sums.divergence[lane], sums.drift[lane])
+
+
+cdef void rows_side_by_side(const Rows *rows, LaneParts *parts, double *values,
+                            bint *trusted, real of_type) noexcept nogil:
+    """The values of LANES rows, and which of them the fast formulas vouch for."""
+    cdef real buffer[MAX_OPERANDS * STRIP * LANES]
+    cdef const Row *row = &rows.first
+    cdef const real *x[MAX_OPERANDS]
+    cdef npy_intp step[MAX_OPERANDS]
+    cdef int lane
+    for lane in range(LANES):
+        parts.ratio[lane] = 1
+        parts.shift[lane] = parts.peak[lane] = 0
+        parts.doubtful[lane] = False
+    load_strip(rows, 0, strip_length(rows, 0), buffer, x, step)
+    if row.family == Family.DISCRETE and row.normalize:
+        lane_ratios(rows, buffer, x, step, parts.ratio)
+    if row.length <= STRIP:
+        columns(row, x, step, <int> row.length, parts)
+    else:
+        sum_strips(rows, buffer, parts)
+    finish_lanes(row, parts, values, trusted)
 
 
 # The kernel that the gufuncs carry.
 
-cdef Row row_at(const Batch *batch, npy_intp index, const Kernel *kernel) noexcept nogil:
+cdef inline double inverse_temperature(const Batch *batch, npy_intp index) noexcept nogil:
+    return 1 / (<const double *> (batch.operands[2] + index * batch.outer[2]))[0]
+
+
+cdef inline Row row_at(const Batch *batch, npy_intp index, const Kernel *kernel) noexcept nogil:
     cdef Row row
     cdef int operand
     row.family, row.format = kernel.family, kernel.options[0]
@@ -405,8 +414,7 @@ cdef Row row_at(const Batch *batch, npy_intp index, const Kernel *kernel) noexce
         row.step[operand] = batch.inner[operand]
     row.inverse_temperature = 1
     if row.family == Family.CATEGORICAL:
-        row.inverse_temperature = 1 / (
-            <const double *> (batch.operands[2] + index * batch.outer[2]))[0]
+        row.inverse_temperature = inverse_temperature(batch, index)
     return row
 
 
@@ -414,7 +422,7 @@ cdef npy_intp item_size(int format) noexcept nogil:
     return 8 if format == Format.FLOAT64 else 4 if format == Format.FLOAT32 else 2
 
 
-cdef bint across(const Batch *batch, const Kernel *kernel) noexcept nogil:
+cdef bint across_rows(const Batch *batch, const Kernel *kernel) noexcept nogil:
     """Whether to compute LANES rows side by side."""
     cdef npy_intp size = item_size(kernel.options[0])
     return 0 < batch.core[0] < SHORT_ROW or (
@@ -428,42 +436,70 @@ cdef Plan plan_rows(const Batch *batch, const Kernel *kernel) noexcept nogil:
         element_ns *= 2
     plan.row_ns = 20 + batch.core[0] * element_ns
     plan.setup_ns = 0
-    plan.group = LANES if across(batch, kernel) else 1
+    plan.group = LANES if across_rows(batch, kernel) else 1
     plan.splits_rows = plan.group == 1
     return plan
 
 
-cdef int reduce_rows(const Batch *batch, npy_intp first, npy_intp last,
-                     const Kernel *kernel, Watch *watch, real of_type) noexcept nogil:
-    cdef int n_inputs = kernel.n_operands - 1
-    cdef char *out = batch.operands[n_inputs]
-    cdef npy_intp out_step = batch.outer[n_inputs], index
-    cdef int status = 0, lane
-    cdef Row rows[LANES]
+cdef inline void store(char *at, int format, double value) noexcept nogil:
+    if format == Format.FLOAT64:
+        (<double *> at)[0] = value
+    else:
+        (<float *> at)[0] = <float> value
+
+
+cdef inline int rows_one_by_one(const Batch *batch, npy_intp first, npy_intp last,
+                                const Kernel *kernel, Watch *watch, real of_type) noexcept nogil:
+    cdef int out = kernel.n_operands - 1, status = 0
+    cdef npy_intp index
+    cdef Row row
+    for index in range(first, last):
+        row = row_at(batch, index, kernel)
+        store(batch.operands[out] + index * batch.outer[out], row.format,
+              row_value(&row, watch, &status, of_type))
+    return status
+
+
+cdef inline int rows_in_groups(const Batch *batch, npy_intp first, npy_intp last,
+                               const Kernel *kernel, Watch *watch, real of_type) noexcept nogil:
+    """Bits of a row do not depend on its neighbours: what the fast formulas cannot vouch for is
+    computed again by itself."""
+    cdef int out = kernel.n_operands - 1, status = 0, lane, operand
+    cdef Row row
+    cdef Rows rows
+    cdef LaneParts parts
     cdef double values[LANES]
-    cdef int used = LANES if across(batch, kernel) else 1
+    cdef bint trusted[LANES]
+    for operand in range(MAX_OPERANDS):
+        rows.outer[operand] = batch.outer[operand]
     while first < last:
-        for lane in range(used):
-            rows[lane] = row_at(batch, min(first + lane, last - 1), kernel)
-        if used == 1:
-            values[0] = row_value(&rows[0], watch, &status, of_type)
-        else:
-            rows_side_by_side(
-                rows, <int> min(<npy_intp> LANES, last - first), values, watch, &status, of_type)
-        for lane in range(<int> min(<npy_intp> used, last - first)):
-            if kernel.options[0] == Format.FLOAT64:
-                (<double *> (out + (first + lane) * out_step))[0] = values[lane]
-            else:
-                (<float *> (out + (first + lane) * out_step))[0] = <float> values[lane]
-        first += used
+        rows.first = row_at(batch, first, kernel)
+        rows.used = <int> min(<npy_intp> LANES, last - first)
+        for lane in range(LANES):
+            parts.beta[lane] = 1
+        if kernel.family == Family.CATEGORICAL:
+            for lane in range(LANES):
+                parts.beta[lane] = inverse_temperature(batch, first + min(lane, rows.used - 1))
+        rows_side_by_side(&rows, &parts, values, trusted, of_type)
+        for lane in range(rows.used):
+            if not trusted[lane]:
+                row = row_at(batch, first + lane, kernel)
+                values[lane] = row_value(&row, watch, &status, of_type)
+            store(batch.operands[out] + (first + lane) * batch.outer[out], rows.first.format,
+                  values[lane])
+        first += LANES
     return status
 
 
 cdef int reduce_rows_f32(const Batch *batch, npy_intp first, npy_intp last,
                          const Kernel *kernel, Watch *watch) noexcept nogil:
-    return reduce_rows(batch, first, last, kernel, watch, <float> 0)
+    if across_rows(batch, kernel):
+        return rows_in_groups(batch, first, last, kernel, watch, <float> 0)
+    return rows_one_by_one(batch, first, last, kernel, watch, <float> 0)
 
 
 cdef int reduce_rows_f64(const Batch *batch, npy_intp first, npy_intp last,
                          const Kernel *kernel, Watch *watch) noexcept nogil:
-    return reduce_rows(batch, first, last, kernel, watch, <double> 0)
+    if across_rows(batch, kernel):
+        return rows_in_groups(batch, first, last, kernel, watch, <double> 0)
+    return rows_one_by_one(batch, first, last, kernel, watch, <double> 0)

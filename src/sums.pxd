@@ -1,45 +1,75 @@
 """What every family of sums over a row has in common.
 
-Each divergence is a sum of non-negative terms and at most one second-order correction:
-    KL = divergence/weight - (u - log1p(u)),   u = excess/weight,
-computed relative to a guess of log(sum of p / sum of q'). A guess that is off costs no exactness,
-only conditioning, which u shows: then the row is summed again with what the first pass found.
+With q' = q e^shift for any shift near log(sum of p / sum of q), and y = log(q'/p), each divergence is
+made of three sums:
+    weight W = sum p,   divergence D = sum p phi(y) = sum p log(p/q') - p + q',   drift Y = sum p y,
+    KL = log1p(u) - Y/W = D/W - (u - log1p(u)),   u = (D + Y)/W = (sum q' - sum p)/W.
+Every term of D is non-negative and the correction is of second order, so nothing cancels when P is
+close to Q. A shift that is off costs no exactness, only conditioning.
 """
 
-from libc.math cimport exp, fabs
+from libc.math cimport fabs
 from numpy cimport npy_intp
-from vecmath cimport INFINITY, from_bfloat16, from_float16, minus_log1p, real
+from vecmath cimport (
+    INFINITY, LN2, atanh_tail, exp, from_bfloat16, from_float16, match_exponent, phi, ratio_exponent,
+    real, smaller,
+)
 
 cdef enum:
     LANES = 16         # rows or elements that are computed side by side
-    BLOCK = 512        # elements that are looked at together
-    RUN = 8            # terms a lane sums in its own type before double takes over
+    BLOCK = 1024       # elements of one row that are summed together
+    HALF = 8           # LANES / 2
+    QUARTER = 4
+    STRIP = 64         # elements of each of LANES rows that are summed together
+    RUN = 8            # terms a lane sums in float before double takes over
+    LONG_RUN = 32      # terms a lane sums in double before other sums take over
     MAX_OPERANDS = 4
 
-ctypedef struct Guess:
-    double ratio                # discrete: sum of p / sum of q
-    double shift                # categorical: max logits_p - max logits_q, before the temperature
-    double peak                 # categorical: a logit that exponentials are taken relative to
-    double inverse_temperature
-    bint wide                   # categorical: a block had logits far apart; so will others
+cdef enum Family:
+    DISCRETE
+    CATEGORICAL
+    NORMAL
+
+ctypedef struct LaneSums:       # of LANES rows, or of every LANESth element of one
+    double weight[LANES]
+    double divergence[LANES]
+    double drift[LANES]
+    double direct[LANES]        # sum of p log(p/q), where it is wanted as it stands
+    double rest[LANES]          # what the rounding of the drift left out, where it counts
 
 ctypedef struct Sums:
-    double weight               # sum of p
-    double divergence           # sum of p log(p/q') - p + q'
-    double excess               # sum of q' - p
-    double direct               # sum of p log(p/q), where it is wanted as it stands
+    double weight
+    double divergence
+    double drift
+    double direct
     double rest[4]              # what the rounding of each of these left out
-    double peak                 # weight, divergence and excess are multiples of exp(peak)
+    double shift                # categorical: what they are relative to, in units of the logits
+    double peak                 # categorical: weight, divergence and drift are multiples of e^(peak/T)
     bint doubtful               # a value outside the fast formula's range
+
+ctypedef struct LaneParts:      # of LANES rows: a part of each
+    LaneSums sums
+    double shift[LANES]         # as those of Sums
+    double peak[LANES]
+    double beta[LANES]          # categorical: 1/T
+    double ratio[LANES]         # discrete: q' = ratio q
+    bint doubtful[LANES]
 
 
 cdef inline void clear(Sums *sums) noexcept nogil:
     cdef int i
-    sums.weight = sums.divergence = sums.excess = sums.direct = 0
+    sums.weight = sums.divergence = sums.drift = sums.direct = 0
     for i in range(4):
         sums.rest[i] = 0
-    sums.peak = 0
+    sums.shift = sums.peak = 0
     sums.doubtful = False
+
+
+cdef inline void clear_lanes(LaneSums *sums) noexcept nogil:
+    cdef int lane
+    for lane in range(LANES):
+        sums.weight[lane] = sums.divergence[lane] = sums.drift[lane] = 0
+        sums.direct[lane] = sums.rest[lane] = 0
 
 
 cdef inline double two_sum(double x, double y, double *rest) noexcept nogil:
@@ -50,83 +80,189 @@ cdef inline double two_sum(double x, double y, double *rest) noexcept nogil:
     return total
 
 
-cdef inline void add(Sums *into, double weight, double divergence, double excess,
+cdef inline void add(Sums *into, double weight, double divergence, double drift,
                      double direct) noexcept nogil:
     into.weight = two_sum(into.weight, weight, &into.rest[0])
     into.divergence = two_sum(into.divergence, divergence, &into.rest[1])
-    into.excess = two_sum(into.excess, excess, &into.rest[2])
+    into.drift = two_sum(into.drift, drift, &into.rest[2])
     into.direct = two_sum(into.direct, direct, &into.rest[3])
 
 
 cdef inline void round_off(Sums *sums) noexcept nogil:
     """Every sum to its nearest double, the rests included."""
+    cdef int i
     sums.weight += sums.rest[0]
     sums.divergence += sums.rest[1]
-    sums.excess += sums.rest[2]
+    sums.drift += sums.rest[2]
     sums.direct += sums.rest[3]
+    for i in range(4):
+        sums.rest[i] = 0
 
 
-cdef inline void fold(real *sums, double *totals, int n) noexcept nogil:
-    """Empty lanes of sums into double: a long run of equal terms would round the same way."""
+cdef inline double across(const double *lanes) noexcept nogil:
+    """The sum of all lanes, in a tree that vectors can follow."""
+    cdef double part[QUARTER]
     cdef int i
-    for i in range(n):
-        totals[i] += sums[i]
-        sums[i] = 0
+    for i in range(QUARTER):
+        part[i] = (lanes[i] + lanes[i + HALF]) + (
+            lanes[i + QUARTER] + lanes[i + HALF + QUARTER])
+    return (part[0] + part[2]) + (part[1] + part[3])
 
 
-cdef inline double across_lanes(const double *totals) noexcept nogil:
-    cdef double result = 0
+cdef inline double least(const real *lanes) noexcept nogil:
+    """NaN are passed over."""
+    cdef real part[HALF]
+    cdef int i
+    for i in range(HALF):
+        part[i] = smaller(lanes[i], lanes[i + HALF])
+    for i in range(QUARTER):
+        part[i] = smaller(part[i], part[i + QUARTER])
+    return smaller(smaller(part[0], part[1]), smaller(part[2], part[3]))
+
+
+cdef inline double largest(const real *lanes) noexcept nogil:
+    cdef real negative[LANES]
+    cdef int i
+    for i in range(LANES):
+        negative[i] = -lanes[i]
+    return -least(negative)
+
+
+cdef inline bint are_finite(double weight, double divergence, double drift) noexcept nogil:
+    cdef double total = weight + divergence + drift
+    return total - total == 0
+
+
+cdef inline void add_lanes(Sums *into, const LaneSums *lanes) noexcept nogil:
+    """Add the lanes of one row."""
+    add(into, across(lanes.weight), across(lanes.divergence), across(lanes.drift), 0)
+
+
+cdef inline void add_lanes_exactly(Sums *into, const LaneSums *lanes) noexcept nogil:
+    """As add_lanes, for sums as they stand."""
+    cdef int lane
+    add(into, across(lanes.weight), across(lanes.divergence), across(lanes.rest),
+        across(lanes.direct))
+    for lane in range(LANES):
+        add(into, 0, 0, lanes.drift[lane], 0)
+
+
+cdef inline int run_length(int n, real of_type) noexcept nogil:
+    """Of n terms that are left. A long run of equal terms rounds the same way: 32 in float, 1.2e-6."""
+    cdef int length = RUN if real is float else LONG_RUN
+    return n if n <= length + length / 2 else length
+
+
+cdef inline void fold(const real *run, double *lanes) noexcept nogil:
+    """Add a run."""
     cdef int lane
     for lane in range(LANES):
-        result += totals[lane]
-    return result
+        lanes[lane] += run[lane]
 
 
-cdef inline double divergence_of(const Sums *sums) noexcept nogil:
-    cdef double value = (sums.divergence / sums.weight
-                         - minus_log1p(sums.excess / sums.weight))
-    return value if not value < 0 else 0.0  # NaN stays
+cdef inline void copy(const real *lanes, real *into) noexcept nogil:
+    """Loops work on copies of their own, which compilers know to be apart from all else."""
+    cdef int lane
+    for lane in range(LANES):
+        into[lane] = lanes[lane]
 
 
-cdef inline bint well_conditioned(const Sums *sums) noexcept nogil:
-    """Whether rounding errors of the sums are at most doubled by the correction, which takes no
-    more than half of the sum, and by an error of u = E[phi] + E[y], which counts u / (1 + u)
-    times. False for NaN."""
-    cdef double g = sums.divergence / sums.weight, u = sums.excess / sums.weight
-    cdef double correction = minus_log1p(u)
-    return (2 * correction <= g
-            and (g + fabs(u - g)) * fabs(u) <= (g - correction) * (1 + u))
+cdef inline void fill(real *lanes, real value) noexcept nogil:
+    cdef int lane
+    for lane in range(LANES):
+        lanes[lane] = value
 
 
-cdef inline void lower_by(Sums *sums, double exponent) noexcept nogil:
-    """Make the sums relative to a peak that is higher by this exponent."""
+cdef inline void keep_from(int first, real *run) noexcept nogil:
+    """Lanes before `first` do not count."""
+    cdef int lane
+    for lane in range(first):
+        run[lane] = 0
+
+
+cdef inline double divergence_of(double weight, double divergence, double drift) noexcept nogil:
+    """KL from its three sums, branch-free; never negative, NaN stays. With e the exponent of 1 + u
+    and s = (1 + u - 2^e)/(1 + u + 2^e):
+        e = 0:   D/W - (u s - (2 atanh(s) - 2 s)), as u - 2 s = u s;
+        else     e ln2 + 2 atanh(s) - Y/W."""
+    cdef double u = (divergence + drift) / weight, grown = 1 + u
+    cdef double e = ratio_exponent(grown, 1.0), power = match_exponent(grown, 1.0)
+    cdef double s = (u if e == 0 else grown - power) / (grown + power)
+    cdef double tail = atanh_tail(s)
+    cdef double near = divergence / weight - (u * s - tail)
+    cdef double far = (e * LN2 + (tail + 2 * s)) - drift / weight
+    cdef double value = near if e == 0 else far
+    return value if not value < 0 else 0.0
+
+
+cdef inline bint well_conditioned(int family, double value, double weight, double divergence,
+                                  double drift) noexcept nogil:
+    """Whether rounding errors of the sums are at most doubled. D/W - (u - log1p(u)): the correction
+    takes no more than half, and an error of u, which counts u/(1 + u) times, is small. Or
+    log1p(u) - Y/W, where the drift was summed itself: it is no larger than the value. False for
+    NaN."""
+    cdef double g = divergence / weight, y = fabs(drift / weight)
+    cdef double u = (divergence + drift) / weight
+    cdef bint near = (2 * value >= g) & ((g + y) * fabs(u) <= value * (1 + u))
+    return near | ((family == CATEGORICAL) & (u > 0.5) & (y <= value))
+
+
+# Parts of one row, each relative to a shift and a peak of its own.
+
+cdef inline double any_exp(double x) noexcept nogil:
+    """e^x, infinity beyond 700. 1 ulp."""
+    cdef double value = exp(max(-700.0, min(x, 700.0)), 0.0)
+    return value if x < 700 else INFINITY
+
+
+cdef inline void add_part(Sums *into, const Sums *part, double beta) noexcept nogil:
+    """Add a part, made relative to `into`'s shift and peak. With d the change of the shift,
+        phi(y + d) = e^d phi(y) + phi(d) + (e^d - 1) y."""
+    cdef double d = (into.shift - part.shift) * beta, fall = (part.peak - into.peak) * beta
+    cdef double factor, grown, between
+    cdef Sums rounded
     cdef int i
-    cdef double factor = exp(-exponent) if exponent < INFINITY else 0.0
-    sums.weight *= factor
-    sums.divergence *= factor
-    sums.excess *= factor
-    for i in range(4):
-        sums.rest[i] *= factor
-
-
-cdef inline void merge(Sums *into, Sums *part, double inverse_temperature) noexcept nogil:
-    cdef int i
-    cdef double rise = (part.peak - into.peak) * inverse_temperature
-    if rise > 0:
-        lower_by(into, rise)
-        into.peak = part.peak
-    elif rise < 0:
-        lower_by(part, -rise)
-    for i in range(4):
-        into.rest[i] += part.rest[i]
-    add(into, part.weight, part.divergence, part.excess, part.direct)
     into.doubtful |= part.doubtful
+    if d == 0 and fall == 0:
+        add(into, part.weight, part.divergence, part.drift, part.direct)
+        for i in range(4):
+            into.rest[i] += part.rest[i]
+        return
+    rounded = part[0]
+    round_off(&rounded)
+    factor, grown = any_exp(fall), any_exp(fall + d)
+    if rounded.weight == 0:
+        add(into, 0, grown * rounded.divergence, 0, 0)
+        return
+    between = phi(d, 0.0) if -700 < d < 700 else any_exp(d) - 1 - d
+    add(into, factor * rounded.weight, grown * rounded.divergence + (
+            factor * between * rounded.weight + (grown - factor) * rounded.drift),
+        factor * (rounded.drift + d * rounded.weight), 0)
 
 
-cdef enum Family:
-    DISCRETE
-    CATEGORICAL
-    NORMAL
+cdef inline void combine(const Sums *parts, npy_intp n, double beta, Sums *whole) noexcept nogil:
+    """The sums of a whole from those of its parts, relative to the mean of their shifts: by the chain
+    rule of divergences, nothing cancels."""
+    cdef double weight = 0, mean = 0, share
+    cdef npy_intp i
+    clear(whole)
+    whole.peak = -INFINITY
+    for i in range(n):
+        if parts[i].weight > 0:
+            whole.peak = max(whole.peak, parts[i].peak)
+    if whole.peak == -INFINITY:
+        whole.peak = 0
+    for i in range(n):
+        if parts[i].weight > 0:
+            share = parts[i].weight
+            if parts[i].peak != whole.peak:
+                share *= any_exp((parts[i].peak - whole.peak) * beta)
+            weight += share
+            mean += share * (parts[i].shift - parts[0].shift)
+    whole.shift = parts[0].shift + (mean / weight if weight > 0 else 0)
+    for i in range(n):
+        add_part(whole, &parts[i], beta)
+
 
 cdef enum Format:
     FLOAT32

@@ -17,21 +17,20 @@ static inline uint64_t bits_f64(double x) { uint64_t u; memcpy(&u, &x, sizeof u)
 static inline float from_bits_f32(uint32_t u) { float x; memcpy(&x, &u, sizeof x); return x; }
 static inline double from_bits_f64(uint64_t u) { double x; memcpy(&x, &u, sizeof x); return x; }
 
-/* Adding 1.5 * 2^(digits - 1) leaves round(x) in the low bits of the sum: |x| < 2^21, 2^50. */
+/* Adding 1.5 * 2^(digits - 1) rounds x, |x| < 2^21 or 2^50, to the nearest integer n (ties to even)
+ * and leaves it in the low bits of the sum. */
 #define MAGIC_F32 0x1.8p23f
 #define MAGIC_F64 0x1.8p52
 
-/* Nearest integer, ties to even. |x| < 2^21 (f32), 2^50 (f64). Exact. */
-static inline float nearest_f32(float x) { return (x + MAGIC_F32) - MAGIC_F32; }
-static inline double nearest_f64(double x) { return (x + MAGIC_F64) - MAGIC_F64; }
-
-/* 2^n for integral n in [-126, 127] (f32), [-1022, 1023] (f64). Exact. */
-static inline float pow2_f32(float n) {
-    return from_bits_f32((bits_f32(n + MAGIC_F32) + 127u) << 23);
+/* 2^n from n + MAGIC, n in [-126, 127] (f32), [-1022, 1023] (f64). Exact. */
+static inline float pow2_shifted_f32(float shifted) {
+    return from_bits_f32((bits_f32(shifted) + 127u) << 23);
 }
-static inline double pow2_f64(double n) {
-    return from_bits_f64((bits_f64(n + MAGIC_F64) + 1023u) << 52);
+static inline double pow2_shifted_f64(double shifted) {
+    return from_bits_f64((bits_f64(shifted) + 1023u) << 52);
 }
+static inline float pow2_f32(float n) { return pow2_shifted_f32(n + MAGIC_F32); }
+static inline double pow2_f64(double n) { return pow2_shifted_f64(n + MAGIC_F64); }
 
 /* r - n*ln(2) for integral n = nearest(r / ln 2): ln 2 in two parts, the first short enough that
  * n * LN2_HIGH is exact for |n| < 2^8 (f32), 2^11 (f64). */
@@ -50,17 +49,17 @@ static inline double reduce_f64(double x, double n) {
 
 /* e^(x + rest), |rest| within an ulp of x. x in [-87, 88] (f32), [-708, 709] (f64). 1 ulp. NaN stays NaN. */
 static inline float exp_f32(float x, float rest) {
-    float n = nearest_f32(x * (float)LOG2_E);
+    float shifted = x * (float)LOG2_E + MAGIC_F32, n = shifted - MAGIC_F32;
     float r = reduce_f32(x, n) + rest;
     float q = 1.3926181810489343e-3f;
     q = q * r + 8.363177629994445e-3f;
     q = q * r + 4.1666554627878084e-2f;
     q = q * r + 1.6666576998242924e-1f;
     q = q * r + 0.5f;
-    return ((r * r) * q + r + 1.0f) * pow2_f32(n);
+    return ((r * r) * q + r + 1.0f) * pow2_shifted_f32(shifted);
 }
 static inline double exp_f64(double x, double rest) {
-    double n = nearest_f64(x * LOG2_E);
+    double shifted = x * LOG2_E + MAGIC_F64, n = shifted - MAGIC_F64;
     double r = reduce_f64(x, n) + rest;
     double q = 2.510038319586702e-08;
     q = q * r + 2.7620085455018414e-07;
@@ -72,31 +71,20 @@ static inline double exp_f64(double x, double rest) {
     q = q * r + 4.1666666666624136e-2;
     q = q * r + 0.16666666666666669;
     q = q * r + 0.5000000000000001;
-    return ((r * r) * q + r + 1.0) * pow2_f64(n);
+    return ((r * r) * q + r + 1.0) * pow2_shifted_f64(shifted);
 }
 
-/* phi(x + rest), phi(x) = e^x - 1 - x >= 0, without cancellation, same ranges; 4 ulp. With
- * x = n ln 2 + r,
- *     phi(x) = 2^n phi(r) + (2^n - 1) r + ((2^n - 1) - n ln 2),
- * where the last bracket is phi(n ln 2) >= 0; for n = 0 this is phi(r) = r^2 Q(r) alone. */
-static inline float phi_f32(float x, float rest) {
-    float n = nearest_f32(x * (float)LOG2_E);
-    float r = reduce_f32(x, n) + rest;
-    float grown = pow2_f32(n) - 1.0f;
+/* phi(r) = e^r - 1 - r for |r| <= ln(2)/2 = 0.3465. 2 ulp. */
+static inline float phi_near_f32(float r) {
     float q = 1.9890988455544567e-4f;
     q = q * r + 1.3933647862928863e-3f;
     q = q * r + 8.333310927615311e-3f;
     q = q * r + 4.1666464944505696e-2f;
     q = q * r + 1.6666666681621095e-1f;
     q = q * r + 0.5000000013463886f;
-    float near = (r * r) * q;
-    float far = (grown - n * LN2_HIGH_F32) - n * LN2_LOW_F32;
-    return near + (grown * (near + r) + far);
+    return (r * r) * q;
 }
-static inline double phi_f64(double x, double rest) {
-    double n = nearest_f64(x * LOG2_E);
-    double r = reduce_f64(x, n) + rest;
-    double grown = pow2_f64(n) - 1.0;
+static inline double phi_near_f64(double r) {
     double q = 2.0914685161418067e-09;
     q = q * r + 2.5105214474751413e-08;
     q = q * r + 2.7557273647451087e-07;
@@ -108,7 +96,25 @@ static inline double phi_f64(double x, double rest) {
     q = q * r + 4.166666666666667e-2;
     q = q * r + 0.1666666666666667;
     q = q * r + 0.5;
-    double near = (r * r) * q;
+    return (r * r) * q;
+}
+
+/* phi(x + rest) >= 0, without cancellation, same ranges as exp; 4 ulp. With x = n ln 2 + r,
+ *     phi(x) = 2^n phi(r) + (2^n - 1) r + ((2^n - 1) - n ln 2),
+ * where the last bracket is phi(n ln 2) >= 0; for n = 0 this is phi(r) alone. */
+static inline float phi_f32(float x, float rest) {
+    float shifted = x * (float)LOG2_E + MAGIC_F32, n = shifted - MAGIC_F32;
+    float r = reduce_f32(x, n) + rest;
+    float grown = pow2_shifted_f32(shifted) - 1.0f;
+    float near = phi_near_f32(r);
+    float far = (grown - n * LN2_HIGH_F32) - n * LN2_LOW_F32;
+    return near + (grown * (near + r) + far);
+}
+static inline double phi_f64(double x, double rest) {
+    double shifted = x * LOG2_E + MAGIC_F64, n = shifted - MAGIC_F64;
+    double r = reduce_f64(x, n) + rest;
+    double grown = pow2_shifted_f64(shifted) - 1.0;
+    double near = phi_near_f64(r);
     double far = (grown - n * LN2_HIGH_F64) - n * LN2_LOW_F64;
     return near + (grown * (near + r) + far);
 }
@@ -123,6 +129,15 @@ static inline double ratio_exponent_f64(double x, double y) {
     /* shifted into the mantissa of 2^52: AVX2 converts no 64-bit integer and shifts none by sign */
     uint64_t biased = bits_f64(x) - bits_f64(y) + ((uint64_t)1 << 63) + ((uint64_t)1 << 51);
     return from_bits_f64((biased >> 52) | ((uint64_t)0x433 << 52)) - (0x1p52 + 2048.0);
+}
+
+/* e ln 2 for that e; half an ulp of ln 2. */
+static inline float ratio_log_f32(float x, float y) {
+    int32_t scaled = (int32_t)((bits_f32(x) - bits_f32(y) + 0x400000u) & 0xff800000u);
+    return (float)scaled * 0x1.62e43p-24f; /* ln 2 / 2^23 */
+}
+static inline double ratio_log_f64(double x, double y) {
+    return ratio_exponent_f64(x, y) * 0x1.62e42fefa39efp-1;
 }
 
 /* y * 2^e for the e of ratio_exponent(x, y). Exact; x and the result normal. */
@@ -183,15 +198,5 @@ static inline float from_float16(uint16_t h) {
     return from_bits_f32(bits_f32(x) | special | (uint32_t)(h & 0x8000u) << 16);
 }
 static inline float from_bfloat16(uint16_t b) { return from_bits_f32((uint32_t)b << 16); }
-
-/* x - log1p(x) for x > -1, in double: the second-order correction of a normalised sum.
- * Scalar, once a row. Below 0.3 the series in s = x / (2 + x), where log1p(x) = 2 atanh(s) and
- * x - 2 s = x s; 4 ulp. */
-static inline double minus_log1p(double x) {
-    if (!(fabs(x) < 0.3))
-        return x - log1p(x);
-    double s = x / (2.0 + x);
-    return x * s - atanh_tail_f64(s);
-}
 
 #endif

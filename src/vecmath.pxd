@@ -11,8 +11,12 @@ cdef extern from "vecmath.h" nogil:
     double exp_f64(double x, double rest)
     float phi_f32(float x, float rest)
     double phi_f64(double x, double rest)
+    float phi_near_f32(float x)
+    double phi_near_f64(double x)
     float ratio_exponent_f32(float x, float y)
     double ratio_exponent_f64(double x, double y)
+    float ratio_log_f32(float x, float y)
+    double ratio_log_f64(double x, double y)
     float match_exponent_f32(float x, float y)
     double match_exponent_f64(double x, double y)
     float atanh_tail_f32(float s)
@@ -21,7 +25,6 @@ cdef extern from "vecmath.h" nogil:
     double residual_product_f64(double a, double b, double c)
     float from_float16(unsigned short bits)
     float from_bfloat16(unsigned short bits)
-    double minus_log1p(double x)
     double INFINITY
     double NAN
     double LN2 "0.6931471805599453"
@@ -46,6 +49,20 @@ cdef inline real phi(real x, real rest) noexcept nogil:
         return phi_f32(x, rest)
     else:
         return phi_f64(x, rest)
+
+
+cdef inline real phi_near(real x) noexcept nogil:
+    if real is float:
+        return phi_near_f32(x)
+    else:
+        return phi_near_f64(x)
+
+
+cdef inline real ratio_log(real x, real y) noexcept nogil:
+    if real is float:
+        return ratio_log_f32(x, y)
+    else:
+        return ratio_log_f64(x, y)
 
 
 cdef inline real ratio_exponent(real x, real y) noexcept nogil:

@@ -1,0 +1,459 @@
+"""Categorical distributions from unnormalised log-probabilities a, b and a temperature T.
+
+With P = softmax(a/T), Q = softmax(b/T), any c and y = (c - (a - b))/T:
+    KL = E_P[phi(y)] - (u - log1p(u)),   u = E_P[expm1(y)],   phi(y) = e^y - 1 - y >= 0,
+and for c = E_P[a - b], found first, nothing cancels at any distance of P and Q. Errors of c enter in
+second order only. One exponential of a, one phi.
+
+An exponent that is rounded to half an ulp costs e^x a relative error of |x| eps/2. Loops from the
+plainest, the first that is good enough for a block:
+    near    T = 1, |a| < 50, |y| < 0.34: phi is its series;
+    plain   T = 1, |a| < 50, |y| < 16: exponents are exact, or small;
+    exact   exponents in two parts, of any temperature and offset, while e^x and e^y are normal;
+    far     infinite or far apart: the same terms as e^(b+c) - e^a - e^a y.
+e^a has the same bits in each.
+"""
+
+from gufunc cimport INVALID
+from libc.math cimport exp as libm_exp, log
+from numpy cimport npy_intp
+from sums cimport (
+    BLOCK, LANES, STRIP, LaneParts, LaneSums, Row, Sums, add, add_lanes, clear, clear_lanes, copy,
+    divergence_of, element, fold, largest, least, round_off, run_length, two_sum,
+)
+from vecmath cimport (
+    INFINITY, NAN, exp, larger, phi, phi_near, real, residual_product, smaller,
+)
+
+cdef enum Loop:
+    NEAR
+    PLAIN
+    EXACT
+    FAR
+
+
+cdef inline double safe_exponent(real of_type) noexcept nogil:
+    """|x| below this: e^x and 1/e^x are normal numbers."""
+    return 86 if real is float else 706
+
+
+cdef inline double offset_limit(real of_type) noexcept nogil:
+    """|a| below this: e^a e^y and their sums stay finite without a peak, for |y| < FARTHEST_PLAIN."""
+    return 50 if real is float else 600
+
+cdef enum:
+    FARTHEST_PLAIN = 16
+
+
+cdef inline double farthest_near() noexcept nogil:
+    return 0.34
+
+
+cdef enum:               # constants of LANES rows, or LANES times those of one
+    PEAK = 0             # what logits_p are taken relative to
+    SHIFT = LANES        # c, rounded to the lanes' type
+    BETA = 2 * LANES     # 1/T in two parts
+    BETA_REST = 3 * LANES
+    CONSTANTS = 4 * LANES
+
+
+cdef inline void set_temperature(double beta, int lane, real *constants) noexcept nogil:
+    constants[BETA + lane] = <real> beta
+    constants[BETA_REST + lane] = <real> (beta - constants[BETA + lane])
+
+
+cdef inline real difference(real x, real y, real *rest) noexcept nogil:
+    """x - y and what its rounding left (Knuth's two-sum)."""
+    cdef real d = x - y
+    cdef real minus_y = d - x
+    rest[0] = (x - (d - minus_y)) - (y + minus_y)
+    return d
+
+
+cdef inline real product(real x, real x_rest, real beta, real beta_rest, real *rest) noexcept nogil:
+    """(x + x_rest)(beta + beta_rest) and what its rounding left."""
+    cdef real d = x * beta
+    rest[0] = (x * beta_rest + x_rest * beta) - residual_product(x, beta, d)
+    return d
+
+
+cdef inline real gap(real a, real b, real shift, real *rest) noexcept nogil:
+    """shift - (a - b) in two parts."""
+    cdef real w_rest, d_rest
+    cdef real w = difference(a, b, &w_rest)
+    cdef real d = difference(shift, w, &d_rest)
+    cdef real correction = d_rest - w_rest
+    cdef real y = d + correction
+    rest[0] = correction - (y - d)
+    return y
+
+
+cdef inline real clamped_exp(real x, real rest) noexcept nogil:
+    """e^(x + rest): 0 below the safe range, infinity above; NaN counts as above."""
+    cdef real safe = <real> safe_exponent(x)
+    cdef bint within = -safe < x < safe
+    cdef real value = exp(smaller(larger(x, -safe), safe), rest if within else <real> 0)
+    value = value if not x <= -safe else <real> 0
+    return value if x < safe else <real> INFINITY
+
+
+cdef inline void ranges(const real *a, npy_intp step, int n, real *lowest,
+                        real *highest) noexcept nogil:
+    """Smallest and largest values of n terms of each lane. NaN are passed over."""
+    cdef int lane, i
+    cdef real x
+    cdef real low[LANES]
+    cdef real high[LANES]
+    for lane in range(LANES):
+        low[lane], high[lane] = <real> INFINITY, -<real> INFINITY
+    for i in range(n):
+        for lane in range(LANES):
+            x = a[i * step + lane]
+            low[lane], high[lane] = smaller(x, low[lane]), larger(x, high[lane])
+    copy(low, lowest)
+    copy(high, highest)
+
+
+# First phase: weights e^((a - peak)/T), their sum, and where a - b lies.
+
+cdef enum:
+    WEIGHT = 0
+    MOMENT = LANES        # sum of weight (a - b)
+    LOWEST = 2 * LANES    # a - b
+    HIGHEST = 3 * LANES
+    FOUND = 4 * LANES
+
+
+cdef inline real weight_of(int loop, real a, const real *constants, int lane) noexcept nogil:
+    cdef real x, rest
+    if loop <= Loop.PLAIN:
+        return exp(a, <real> 0)
+    x = difference(a, constants[PEAK + lane], &rest)
+    x = product(x, rest, constants[BETA + lane], constants[BETA_REST + lane], &rest)
+    if loop == Loop.EXACT:
+        return exp(x, rest)
+    return clamped_exp(x, rest)
+
+
+cdef inline void weigh(int loop, const real *a, const real *b, npy_intp step_a, npy_intp step_b, int n,
+                       int first, const real *constants, real *weights, real *found) noexcept nogil:
+    """The weights of n terms of each lane, 0 for those before `first`; adds to what was `found`."""
+    cdef int lane, i
+    cdef real w
+    cdef bint counts
+    cdef real weight[LANES]
+    cdef real total[LANES]
+    cdef real moment[LANES]
+    cdef real lowest[LANES]
+    cdef real highest[LANES]
+    copy(&found[WEIGHT], total)
+    copy(&found[MOMENT], moment)
+    copy(&found[LOWEST], lowest)
+    copy(&found[HIGHEST], highest)
+    for i in range(n):
+        for lane in range(LANES):
+            weight[lane] = weight_of(loop, a[i * step_a + lane], constants, lane)
+            if first:
+                weight[lane] = weight[lane] if lane >= first else <real> 0
+            w = a[i * step_a + lane] - b[i * step_b + lane]
+            total[lane] += weight[lane]
+            if loop == Loop.FAR:
+                counts = (weight[lane] > 0) & (b[i * step_b + lane] > -<real> INFINITY)
+                lowest[lane] = smaller(w, lowest[lane]) if counts else lowest[lane]
+                highest[lane] = larger(w, highest[lane]) if counts else highest[lane]
+                w = w if counts else <real> 0
+            else:
+                lowest[lane], highest[lane] = smaller(w, lowest[lane]), larger(w, highest[lane])
+            moment[lane] += weight[lane] * w
+        copy(weight, weights + i * LANES)
+    copy(total, &found[WEIGHT])
+    copy(moment, &found[MOMENT])
+    copy(lowest, &found[LOWEST])
+    copy(highest, &found[HIGHEST])
+
+
+cdef inline void find_nothing(real *found) noexcept nogil:
+    cdef int lane
+    for lane in range(LANES):
+        found[WEIGHT + lane] = found[MOMENT + lane] = 0
+        found[LOWEST + lane], found[HIGHEST + lane] = <real> INFINITY, -<real> INFINITY
+
+
+# Second phase: the terms, relative to the shift.
+
+cdef inline real far_term(real a, real b, real p, const real *constants, int lane, real *y,
+                          real *infinite) noexcept nogil:
+    """p phi(y) for any logits: -inf is weight 0, in both it is a mask, and +inf or NaN end up in y."""
+    cdef real beta = constants[BETA + lane], beta_rest = constants[BETA_REST + lane]
+    cdef real peak = constants[PEAK + lane], shift = constants[SHIFT + lane]
+    cdef real masked = -<real> INFINITY
+    cdef real safe = <real> safe_exponent(masked)
+    cdef real x = a if a != masked else peak
+    cdef real z = b if b != masked else x - shift
+    cdef real q, rest, y_rest, near_y, term
+    q = gap(peak, z, shift, &rest)
+    q = product(q, rest, beta, beta_rest, &rest)
+    q = clamped_exp(q, rest) if b != masked else <real> 0
+    y[0] = gap(x, z, shift, &y_rest)
+    y[0] = product(y[0], y_rest, beta, beta_rest, &y_rest)
+    near_y = smaller(larger(y[0], -safe), safe / 2)
+    term = p * phi(near_y, y_rest) if near_y == y[0] else (q - p) - p * y[0]
+    infinite[0] = 1 if b == masked and a != masked else infinite[0]
+    return term if p > 0 else q
+
+
+cdef inline void diverge_run(int loop, const real *a, const real *b, npy_intp step_a,
+                             npy_intp step_b, int n, int first, const real *weights,
+                             const real *constants, real *infinite, LaneSums *into) noexcept nogil:
+    """Add n terms of each lane; weights before `first` are 0."""
+    cdef int lane, i
+    cdef real w, w_rest, y, y_rest, p, term
+    cdef real weight[LANES]
+    cdef real divergence[LANES]
+    cdef real drift[LANES]
+    cdef real unbounded[LANES]
+    copy(infinite, unbounded)
+    for lane in range(LANES):
+        weight[lane] = divergence[lane] = drift[lane] = 0
+    for i in range(n):
+        for lane in range(LANES):
+            p = weights[i * LANES + lane]
+            if loop == Loop.FAR:
+                term = far_term(a[i * step_a + lane], b[i * step_b + lane], p, constants, lane, &y,
+                                &unbounded[lane])
+                term = term if lane >= first else <real> 0
+            elif loop == Loop.EXACT:
+                y = gap(a[i * step_a + lane], b[i * step_b + lane], constants[SHIFT + lane], &y_rest)
+                y = product(y, y_rest, constants[BETA + lane], constants[BETA_REST + lane], &y_rest)
+                term = p * phi(y, y_rest)
+            else:
+                w = difference(a[i * step_a + lane], b[i * step_b + lane], &w_rest)
+                y = (constants[SHIFT + lane] - w) - w_rest
+                term = p * (phi_near(y) if loop == Loop.NEAR else phi(y, <real> 0))
+            weight[lane] += p
+            divergence[lane] += term
+            drift[lane] += p * y
+    copy(unbounded, infinite)
+    fold(weight, into.weight)
+    fold(divergence, into.divergence)
+    fold(drift, into.drift)
+
+
+cdef inline void diverge(int loop, const real *a, const real *b, npy_intp step_a, npy_intp step_b,
+                         int n, int first, const real *weights, const real *constants,
+                         real *infinite, LaneSums *into) noexcept nogil:
+    cdef int length
+    while n > 0:
+        length = run_length(n, <real> 0)
+        diverge_run(
+            loop, a, b, step_a, step_b, length, first, weights, constants, infinite, into)
+        a, b, n = a + length * step_a, b + length * step_b, n - length
+        weights += length * LANES
+
+
+cdef inline int first_loop(double lowest, double highest, double beta, double *peak,
+                           real of_type) noexcept nogil:
+    """The loop for the weights of logits_p in this range, and the peak: 0, which needs no
+    subtraction, where that is safe."""
+    peak[0] = 0
+    if beta == 1 and -offset_limit(of_type) < lowest and highest < offset_limit(of_type):
+        return Loop.PLAIN
+    if highest > -INFINITY:
+        peak[0] = highest
+    return Loop.EXACT if (peak[0] - lowest) * beta < safe_exponent(of_type) else Loop.FAR
+
+
+cdef inline int second_loop(int first, double shift, double lowest, double highest, double beta,
+                            real of_type) noexcept nogil:
+    """The loop for the terms, given that of the weights. NaN and infinities are far."""
+    cdef double farthest = larger(shift - lowest, highest - shift) * beta
+    if first == Loop.PLAIN and farthest < farthest_near():
+        return Loop.NEAR
+    if first == Loop.PLAIN and farthest < FARTHEST_PLAIN:
+        return Loop.PLAIN
+    return Loop.EXACT if first <= Loop.EXACT and farthest < safe_exponent(of_type) else Loop.FAR
+
+
+cdef inline double choose_shift(double weight, double moment, double lowest, double highest,
+                                double highest_b, real of_type) noexcept nogil:
+    """E_P[a - b], exact where a - b is constant; what keeps e^(b + c) in range where P is all 0."""
+    cdef double shift = larger(smaller(moment / weight, highest), lowest) if weight > 0 else -highest_b
+    shift = <double> <real> shift
+    return shift if -INFINITY < shift < INFINITY else 0
+
+
+cdef void weigh_loop(int loop, const real *a, const real *b, npy_intp step_a, npy_intp step_b, int n,
+                     int first, const real *constants, real *weights, real *found) noexcept nogil:
+    if loop <= Loop.PLAIN:
+        weigh(Loop.PLAIN, a, b, step_a, step_b, n, first, constants, weights, found)
+    elif loop == Loop.EXACT:
+        weigh(Loop.EXACT, a, b, step_a, step_b, n, first, constants, weights, found)
+    else:
+        weigh(Loop.FAR, a, b, step_a, step_b, n, first, constants, weights, found)
+
+
+cdef void diverge_loop(int loop, const real *a, const real *b, npy_intp step_a, npy_intp step_b, int n,
+                       int first, const real *weights, const real *constants, real *infinite,
+                       LaneSums *into) noexcept nogil:
+    if loop == Loop.NEAR:
+        diverge(Loop.NEAR, a, b, step_a, step_b, n, 0, weights, constants, infinite, into)
+    elif loop == Loop.PLAIN:
+        diverge(Loop.PLAIN, a, b, step_a, step_b, n, 0, weights, constants, infinite, into)
+    elif loop == Loop.EXACT:
+        diverge(Loop.EXACT, a, b, step_a, step_b, n, 0, weights, constants, infinite, into)
+    else:
+        diverge(Loop.FAR, a, b, step_a, step_b, n, first, weights, constants, infinite, into)
+
+
+cdef void range_of(const real *a, int n, double *lowest, double *highest) noexcept nogil:
+    """Smallest and largest of n elements, LANES or more once padded."""
+    cdef real low[LANES]
+    cdef real high[LANES]
+    ranges(a + n % LANES - (LANES if n < LANES else 0), LANES, max(n // LANES, 1), low, high)
+    lowest[0], highest[0] = least(low), largest(high)
+    if n > LANES:
+        ranges(a, LANES, 1, low, high)
+        lowest[0], highest[0] = smaller(least(low), lowest[0]), larger(largest(high), highest[0])
+
+
+cdef void categorical_block(const real **x, int n, double beta, Sums *into) noexcept nogil:
+    """The sums of n elements, LANES or more once padded, relative to a shift and a peak of their own;
+    the last lanes overlap what was added before and do not count."""
+    cdef real weights[BLOCK + 2 * LANES]
+    cdef real constants[CONSTANTS]
+    cdef real found[FOUND]
+    cdef real infinite[LANES]
+    cdef LaneSums lanes
+    cdef int lane, loop, steps = n // LANES, rest = n % LANES, first = (LANES - n % LANES) % LANES
+    cdef const real *a = x[0] + n - LANES
+    cdef const real *b = x[1] + n - LANES
+    cdef real *last = weights + steps * LANES
+    cdef double lowest, highest, highest_b = 0, weight = 0, moment = 0
+    range_of(x[0], n, &lowest, &highest)
+    loop = first_loop(lowest, highest, beta, &into.peak, <real> 0)
+    for lane in range(LANES):
+        constants[PEAK + lane] = <real> into.peak
+        set_temperature(beta, lane, constants)
+    find_nothing(found)
+    weigh_loop(loop, x[0], x[1], LANES, LANES, steps, 0, constants, weights, found)
+    if rest:
+        weigh_loop(loop, a, b, LANES, LANES, 1, first, constants, last, found)
+    for lane in range(LANES):
+        weight += found[WEIGHT + lane]
+        moment += found[MOMENT + lane]
+        infinite[lane] = 0
+    if weight == 0:
+        range_of(x[1], n, &lowest, &highest_b)
+    lowest, highest = least(&found[LOWEST]), largest(&found[HIGHEST])
+    into.shift = choose_shift(weight, moment, lowest, highest, highest_b, <real> 0)
+    for lane in range(LANES):
+        constants[SHIFT + lane] = <real> into.shift
+    loop = second_loop(loop, into.shift, lowest, highest, beta, <real> 0)
+    clear_lanes(&lanes)
+    diverge_loop(
+        loop, x[0], x[1], LANES, LANES, steps, 0, weights, constants, infinite, &lanes)
+    if rest:
+        diverge_loop(loop, a, b, LANES, LANES, 1, first, last, constants, infinite, &lanes)
+    add_lanes(into, &lanes)
+    into.doubtful |= largest(infinite) > 0
+
+
+cdef void categorical_columns(const real **x, const npy_intp *step, int n,
+                              LaneParts *into) noexcept nogil:
+    """The sums of n <= STRIP elements of each of LANES rows, relative to a shift and a peak of each
+    row's own; elements lie `step` apart. A row's bits do not depend on its neighbours."""
+    cdef real weights[STRIP * LANES]
+    cdef real constants[CONSTANTS]
+    cdef real found[FOUND]
+    cdef real infinite[LANES]
+    cdef real low[LANES]
+    cdef real high[LANES]
+    cdef real high_b[LANES]
+    cdef LaneSums sums
+    cdef int lane, loop, widest = Loop.PLAIN
+    cdef int loops[LANES]
+    cdef bint used[Loop.FAR + 1]
+    ranges(x[0], step[0], n, low, high)
+    for lane in range(LANES):
+        loops[lane] = first_loop(low[lane], high[lane], into.beta[lane], &into.peak[lane], <real> 0)
+        widest = max(widest, loops[lane])
+        constants[PEAK + lane] = <real> into.peak[lane]
+        set_temperature(into.beta[lane], lane, constants)
+        infinite[lane] = high_b[lane] = 0
+    find_nothing(found)
+    weigh_loop(widest, x[0], x[1], step[0], step[1], n, 0, constants, weights, found)
+    if widest == Loop.FAR:
+        ranges(x[1], step[1], n, low, high_b)
+    for loop in range(Loop.FAR + 1):
+        used[loop] = False
+    for lane in range(LANES):
+        into.shift[lane] = choose_shift(
+            found[WEIGHT + lane], found[MOMENT + lane], found[LOWEST + lane], found[HIGHEST + lane],
+            high_b[lane], <real> 0)
+        constants[SHIFT + lane] = <real> into.shift[lane]
+        loops[lane] = second_loop(loops[lane], into.shift[lane], found[LOWEST + lane],
+                                  found[HIGHEST + lane], into.beta[lane], <real> 0)
+        used[loops[lane]] = True
+    for loop in range(Loop.FAR + 1):
+        if not used[loop]:
+            continue
+        clear_lanes(&sums)
+        diverge_loop(
+            loop, x[0], x[1], step[0], step[1], n, 0, weights, constants, infinite, &sums)
+        for lane in range(LANES):
+            if loops[lane] == loop:
+                into.sums.weight[lane] = sums.weight[lane]
+                into.sums.divergence[lane] = sums.divergence[lane]
+                into.sums.drift[lane] = sums.drift[lane]
+    for lane in range(LANES):
+        into.doubtful[lane] |= loops[lane] == Loop.FAR and infinite[lane] > 0
+
+
+cdef inline double log_sum_exp(const Row *row, int operand, double peak) noexcept nogil:
+    """log of the sum of exp((x - peak)/T)."""
+    cdef double result = 0, rest = 0
+    cdef npy_intp i
+    for i in range(row.length):
+        result = two_sum(result, libm_exp((element(row, operand, i) - peak) * row.inverse_temperature), &rest)
+    return log(result + rest)
+
+
+cdef inline double categorical_hard_value(const Row *row, int *status) noexcept nogil:
+    """Bad values, p > 0 where q = 0, and rows where no guess of the shift came near."""
+    cdef double a, b, peak_a = -INFINITY, peak_b = -INFINITY
+    cdef bint infinite = False
+    cdef npy_intp i
+    for i in range(row.length):
+        a, b = element(row, 0, i), element(row, 1, i)
+        if a != a or b != b:
+            return NAN
+        infinite |= a > -INFINITY and b == -INFINITY
+        peak_a, peak_b = larger(a, peak_a), larger(b, peak_b)
+    if not (-INFINITY < peak_a < INFINITY and -INFINITY < peak_b < INFINITY):
+        status[0] |= INVALID
+        return NAN
+    if infinite:
+        return INFINITY
+    return categorical_hard_divergence(row, peak_a, peak_b)
+
+
+cdef inline double categorical_hard_divergence(const Row *row, double peak_a, double peak_b) noexcept nogil:
+    """The formula at the head with the exact shift, one element at a time."""
+    cdef double beta = row.inverse_temperature, a, b, p, q, y, drift
+    cdef double lse_a = log_sum_exp(row, 0, peak_a), lse_b = log_sum_exp(row, 1, peak_b)
+    cdef double shift = (peak_a - peak_b) + (lse_a - lse_b) / beta
+    cdef npy_intp i
+    cdef Sums sums
+    clear(&sums)
+    for i in range(row.length):
+        a, b = element(row, 0, i), element(row, 1, i)
+        p = libm_exp((a - peak_a) * beta)
+        y = ((shift - (a - b)) * beta) if a > -INFINITY else 0
+        if p > 0 and y < 300:
+            add(&sums, p, p * (phi(y, <double> 0) if y > -700 else -1 - y), p * y, 0)
+        else:
+            q = libm_exp((b - peak_b) * beta - lse_b + lse_a)
+            drift = p * y if p > 0 else 0
+            add(&sums, p, q - p - drift, drift, 0)
+    round_off(&sums)
+    return divergence_of(sums.weight, sums.divergence, sums.drift)

@@ -1,0 +1,325 @@
+"""Discrete distributions: KL(P/Sp || Q/Sq) for weights p, q >= 0 with sums Sp, Sq.
+
+With q' = r q for any r close to Sp/Sq, every term of
+    G = sum p log(p/q') - p + q'
+is non-negative, and  KL = G/Sp - (u - log1p(u)),  u = sum(q' - p)/Sp,  exactly: the correction is
+of second order, so nothing cancels when P is close to Q. One term, with z = q' 2^e and
+s = (p - z)/(p + z), where the integer e brings p/z near 1:
+    p e ln2 + (q' - z) + (p - z) s + p (2 atanh(s) - 2 s),
+which for e = 0 is (p - z) s + O(s^3): no difference of logarithms. A term is right to 4 ulp.
+p = 0 gives q' and p = q = 0 gives 0 by the same formula.
+
+As it stands, sum p log(p/q) = G + (Sp - Sq), or the sum of p (e ln2 + 2 atanh(s)), whichever has
+the smaller terms.
+"""
+
+from gufunc cimport INVALID
+from libc.math cimport fabs, frexp, ldexp
+from numpy cimport npy_intp
+from sums cimport (
+    LANES, LaneParts, LaneSums, Row, Sums, across, add, add_lanes, add_lanes_exactly, clear,
+    clear_lanes, copy, divergence_of, element, fill, fold, keep_from, least, run_length, round_off,
+    two_sum,
+)
+from vecmath cimport (
+    INFINITY, LN2, NAN, atanh_tail, larger, match_exponent, ratio_exponent, ratio_log, real,
+    residual_product, smaller,
+)
+
+
+cdef inline real smallest_weight(bint scaled, real of_type) noexcept nogil:
+    """Weights in (0, this) are left to a wider type: exponents are read from their bits."""
+    if real is float:
+        return <float> 7.888609052210118e-31 if scaled else <float> 2.350988701644575e-38
+    else:
+        return 1.1830521861667747e-271 if scaled else 4.450147717014403e-308
+
+
+cdef inline real largest_weight(real of_type) noexcept nogil:
+    """Below this, p + z cannot overflow."""
+    if real is float:
+        return 1e38
+    else:
+        return 5e307
+
+
+cdef inline void discrete_run(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
+                              int first, bint scaled, const real *ratios,
+                              const real *floors, real *lowest_so_far, LaneSums *into) noexcept nogil:
+    """Add n terms of each of the lanes first..LANES-1. `scaled`: the ratio is not 1. `lowest` falls
+    below 0 where a weight is out of range."""
+    cdef int lane, i
+    cdef real x, y, x_normal, e_ln2, z, difference, s
+    cdef real weight[LANES]
+    cdef real divergence[LANES]
+    cdef real excess[LANES]
+    cdef real ratio[LANES]
+    cdef real floor[LANES]
+    cdef real lowest[LANES]
+    if scaled:
+        copy(ratios, ratio)
+        copy(floors, floor)
+    else:
+        fill(floor, smallest_weight(False, <real> 0))
+    copy(lowest_so_far, lowest)
+    for lane in range(LANES):
+        weight[lane] = divergence[lane] = excess[lane] = 0
+    for i in range(n):
+        for lane in range(LANES):
+            x, y = p[i * step_p + lane], q[i * step_q + lane]
+            if scaled:
+                y *= ratio[lane]
+            x_normal = larger(x, floor[lane])
+            e_ln2, z = ratio_log(x_normal, y), match_exponent(x_normal, y)
+            difference = x - z
+            if scaled:  # p - r q in one rounding where it matters, at e = 0
+                difference += (residual_product(ratio[lane], q[i * step_q + lane], y)
+                               if e_ln2 == 0 else <real> 0)
+            s = difference / (x + z)
+            weight[lane] += x
+            divergence[lane] += x * (e_ln2 + atanh_tail(s)) + (difference * s + (y - z))
+            excess[lane] += (y - z) - difference if scaled else y - x
+            lowest[lane] = smaller(lowest[lane], smaller(x, y) - (floor[lane] if x > 0 else <real> 0))
+    copy(lowest, lowest_so_far)
+    keep_from(first, weight)
+    keep_from(first, divergence)
+    keep_from(first, excess)
+    fold(weight, into.weight)
+    fold(divergence, into.divergence)
+    for lane in range(LANES):
+        into.drift[lane] += <double> excess[lane] - <double> divergence[lane]
+
+
+cdef inline void plain_run(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
+                           int first, real *lowest_so_far, LaneSums *into) noexcept nogil:
+    """As discrete_run, for the sum as it stands: the excess counts in first order and is summed in
+    two parts, and the weight is the sum of |p log(p/q)|."""
+    cdef int lane, i
+    cdef real x, y, x_normal, e_ln2, z, difference, s, tail, margin, term, before, added
+    cdef real weight[LANES]
+    cdef real divergence[LANES]
+    cdef real direct[LANES]
+    cdef real excess[LANES]
+    cdef real excess_rest[LANES]
+    cdef real floor[LANES]
+    cdef real lowest[LANES]
+    fill(floor, smallest_weight(False, <real> 0))
+    copy(lowest_so_far, lowest)
+    for lane in range(LANES):
+        weight[lane] = divergence[lane] = direct[lane] = excess[lane] = excess_rest[lane] = 0
+    for i in range(n):
+        for lane in range(LANES):
+            x, y = p[i * step_p + lane], q[i * step_q + lane]
+            x_normal = larger(x, floor[lane])
+            e_ln2, z = ratio_log(x_normal, y), match_exponent(x_normal, y)
+            difference = x - z
+            s = difference / (x + z)
+            tail = atanh_tail(s)
+            divergence[lane] += x * (e_ln2 + tail) + (difference * s + (y - z))
+            term = x * (e_ln2 + (tail + 2 * s))
+            direct[lane] += term
+            weight[lane] += larger(term, -term)
+            term = y - x
+            before = excess[lane]
+            excess[lane] = before + term
+            added = excess[lane] - before
+            excess_rest[lane] += (before - (excess[lane] - added)) + (term - added)
+            margin = smaller(x, y) - (floor[lane] if x > 0 else <real> 0)
+            lowest[lane] = smaller(lowest[lane], margin if x < largest_weight(x) else -1)
+    copy(lowest, lowest_so_far)
+    keep_from(first, weight)
+    keep_from(first, divergence)
+    keep_from(first, direct)
+    keep_from(first, excess)
+    keep_from(first, excess_rest)
+    fold(weight, into.weight)
+    fold(divergence, into.divergence)
+    fold(direct, into.direct)
+    fold(excess_rest, into.rest)
+    for lane in range(LANES):
+        into.drift[lane] = two_sum(into.drift[lane], excess[lane], &into.rest[lane])
+        into.drift[lane] = two_sum(into.drift[lane], -divergence[lane], &into.rest[lane])
+
+
+cdef inline void discrete_runs(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
+                               int first, bint scaled, bint normalize, const real *ratio,
+                               const real *floor, real *lowest, LaneSums *into) noexcept nogil:
+    cdef int length
+    while n > 0:
+        length = run_length(n, <real> 0)
+        if normalize:
+            discrete_run(p, q, step_p, step_q, length, first, scaled, ratio, floor, lowest, into)
+        else:
+            plain_run(p, q, step_p, step_q, length, first, lowest, into)
+        p, q, n = p + length * step_p, q + length * step_q, n - length
+
+
+cdef void discrete_loop(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
+                        int first, bint scaled, bint normalize, const real *ratio, const real *floor,
+                        real *lowest, LaneSums *into) noexcept nogil:
+    if not normalize:
+        discrete_runs(
+            p, q, step_p, step_q, n, first, False, False, ratio, floor, lowest, into)
+    elif scaled:
+        discrete_runs(p, q, step_p, step_q, n, first, True, True, ratio, floor, lowest, into)
+    else:
+        discrete_runs(p, q, step_p, step_q, n, first, False, True, ratio, floor, lowest, into)
+
+
+cdef inline bint out_of_range(double lowest, double weight, real of_type) noexcept nogil:
+    return (lowest < 0) | (weight >= largest_weight(of_type))
+
+
+cdef void discrete_block(const real **x, int n, bint normalize, double ratio,
+                         Sums *into) noexcept nogil:
+    """The sums of n elements, LANES or more once padded; the last lanes overlap what was added before
+    and do not count."""
+    cdef LaneSums lanes
+    cdef real ratios[LANES]
+    cdef real floor[LANES]
+    cdef real lowest[LANES]
+    cdef int lane, rest = n % LANES
+    cdef bint scaled = normalize and ratio != 1
+    clear_lanes(&lanes)
+    for lane in range(LANES):
+        ratios[lane], floor[lane] = <real> ratio, smallest_weight(scaled, <real> 0)
+        lowest[lane] = 0
+    discrete_loop(x[0], x[1], LANES, LANES, n // LANES, 0, scaled, normalize, ratios, floor, lowest,
+                  &lanes)
+    if rest:
+        discrete_loop(x[0] + n - LANES, x[1] + n - LANES, LANES, LANES, 1, LANES - rest, scaled,
+                      normalize, ratios, floor, lowest, &lanes)
+    if normalize:
+        add_lanes(into, &lanes)
+    else:
+        add_lanes_exactly(into, &lanes)
+    into.doubtful |= out_of_range(least(lowest), into.weight, <real> 0)
+
+
+cdef void discrete_columns(const real **x, const npy_intp *step, int n, bint normalize,
+                           LaneParts *into) noexcept nogil:
+    """The sums of n elements of each of LANES rows; elements lie `step` apart."""
+    cdef real ratios[LANES]
+    cdef real floor[LANES]
+    cdef real lowest[LANES]
+    cdef int lane
+    for lane in range(LANES):
+        ratios[lane] = <real> into.ratio[lane]
+        floor[lane] = smallest_weight(normalize and ratios[lane] != 1, <real> 0)
+        lowest[lane] = 0
+    discrete_loop(x[0], x[1], step[0], step[1], n, 0, True, normalize, ratios, floor, lowest,
+                  &into.sums)
+    for lane in range(LANES):
+        into.doubtful[lane] |= out_of_range(lowest[lane], into.sums.weight[lane], <real> 0)
+
+
+cdef void totals(const real *x, npy_intp step, int n, double *lanes) noexcept nogil:
+    """Add n elements of each lane."""
+    cdef int i, lane
+    cdef real sums[LANES]
+    for lane in range(LANES):
+        sums[lane] = 0
+    for i in range(n):
+        for lane in range(LANES):
+            sums[lane] += x[i * step + lane]
+    fold(sums, lanes)
+
+
+cdef inline bint is_usable(double ratio) noexcept nogil:
+    """Whether products with the ratio stay in the fast formula's range."""
+    return (9.5e-7 < ratio) & (ratio < 1.05e6)
+
+
+cdef inline bint discrete_refine(const Sums *sums, double *ratio) noexcept nogil:
+    """The exact ratio of the sums; False when it is out of the fast formula's range."""
+    ratio[0] *= sums.weight / (sums.weight + (sums.divergence + sums.drift))
+    return is_usable(ratio[0])
+
+
+cdef inline double plain_sum(double weight, double divergence, double drift,
+                             double direct) noexcept nogil:
+    """sum p log(p/q), from the form whose terms are smaller; weight holds sum |p log(p/q)|."""
+    return direct if weight <= divergence + fabs(divergence + drift) else -drift
+
+
+cdef inline double log_ratio(double p, double q) noexcept nogil:
+    """log(p/q) for any positive finite p, q, subnormal or far apart. 2 ulp."""
+    cdef int exponent_p, exponent_q
+    cdef double x = frexp(p, &exponent_p), y = frexp(q, &exponent_q)
+    cdef double e = ratio_exponent(x, y), z = match_exponent(x, y)
+    cdef double s = (x - z) / (x + z)
+    return (e + exponent_p - exponent_q) * LN2 + (2 * s + atanh_tail(s))
+
+
+cdef inline double discrete_hard_value(const Row *row, int *status) noexcept nogil:
+    """Bad values, p > 0 where q = 0, and weights that the fast formula has no range for."""
+    cdef double p, q, largest_p = 0, largest_q = 0
+    cdef bint bad = False, infinite = False
+    cdef npy_intp i
+    for i in range(row.length):
+        p, q = element(row, 0, i), element(row, 1, i)
+        if p != p or q != q:
+            return NAN
+        bad |= not (0 <= p < INFINITY and 0 <= q < INFINITY)
+        infinite |= p > 0 and q == 0
+        largest_p, largest_q = larger(p, largest_p), larger(q, largest_q)
+    if bad or row.normalize and (largest_p == 0 or largest_q == 0):
+        status[0] |= INVALID
+        return NAN
+    if infinite:
+        return INFINITY
+    if not row.normalize:
+        return hard_plain_sum(row)
+    return discrete_hard_divergence(row, largest_p, largest_q)
+
+
+cdef inline double hard_plain_sum(const Row *row) noexcept nogil:
+    cdef double p, q, direct, term
+    cdef npy_intp i
+    cdef Sums sums
+    clear(&sums)
+    for i in range(row.length):
+        p, q = element(row, 0, i), element(row, 1, i)
+        direct = p * log_ratio(p, q) if p > 0 else 0
+        term = hard_term(p, q, p - q)
+        add(&sums, fabs(direct), term, (q - p) - term, direct)
+    round_off(&sums)
+    return plain_sum(sums.weight, sums.divergence, sums.drift, sums.direct)
+
+
+cdef inline double discrete_hard_divergence(const Row *row, double largest_p,
+                                   double largest_q) noexcept nogil:
+    """The formula at the head, one element at a time, weights scaled by powers of two so that the
+    largest are near 1 and sums cannot overflow."""
+    cdef int up_p, up_q
+    cdef double p, q, scaled_q, difference, term, total_p = 0, total_q = 0, ratio
+    cdef npy_intp i
+    cdef Sums sums
+    frexp(largest_p, &up_p)
+    frexp(largest_q, &up_q)
+    for i in range(row.length):
+        total_p += ldexp(element(row, 0, i), -up_p)
+        total_q += ldexp(element(row, 1, i), -up_q)
+    ratio = total_p / total_q
+    clear(&sums)
+    for i in range(row.length):
+        p, q = ldexp(element(row, 0, i), -up_p), ldexp(element(row, 1, i), -up_q)
+        scaled_q = ratio * q
+        difference = (p - scaled_q) + residual_product(ratio, q, scaled_q)
+        term = hard_term(p, scaled_q, difference)
+        add(&sums, p, term, -difference - term, 0)
+    round_off(&sums)
+    return divergence_of(sums.weight, sums.divergence, sums.drift)
+
+
+cdef inline double hard_term(double p, double q, double difference) noexcept nogil:
+    """p log(p/q) - p + q, given p - q."""
+    cdef double s
+    if p == 0:
+        return q
+    if fabs(difference) < 0.25 * p:
+        s = difference / (p + q)
+        return difference * s + p * atanh_tail(s)
+    if q == 0:  # underflow of a ratio beyond 1e300
+        return INFINITY
+    return p * log_ratio(p, q) - difference

@@ -1,0 +1,200 @@
+"""Normal distributions with diagonal covariance: means m, and scales, variances or log-variances.
+
+    KL = 1/2 sum [ v_p/v_q - 1 - log(v_p/v_q) ] + 1/2 sum (m_p - m_q)^2 / v_q,
+both sums of non-negative terms. The first bracket is
+    phi(x) = e^x - 1 - x,                                          x = log v_p - log v_q,
+    (d/z)(g + s) + (g - e ln2) - t,                                from variances,
+    (d/z)((x+z)/z)(g + s(2-s)) + (g - 2 e ln2) - 2 t,              from scales,
+with x, y the parameters of p and q, z = y 2^e near x, d = x - z, s = d/(x + z),
+t = 2 atanh(s) - 2 s and g = 2^e - 1 (variances) or 4^e - 1 (scales). For e = 0 nothing cancels.
+Every term is right to 8 ulp. Where the sides differ, both are converted to variances first; a
+scale's square keeps its rounding error, a log-variance's exponential costs one ulp of v_p/v_q.
+"""
+
+from gufunc cimport INVALID
+from libc.math cimport exp as libm_exp, expm1, fabs, log
+from numpy cimport npy_intp
+from sums cimport (
+    LANES, LaneParts, LaneSums, Row, Sums, across, add, clear_lanes, copy, element, fold, keep_from, run_length,
+)
+from vecmath cimport (
+    INFINITY, LN2, NAN, atanh_tail, exp, larger, match_exponent, phi, pow2, ratio_exponent, real,
+    residual_product, smaller,
+)
+
+cdef enum Spread:
+    SCALE
+    VARIANCE
+    LOG_VARIANCE
+
+cdef inline real variance_of(real x, int spread) noexcept nogil:
+    if spread == Spread.SCALE:
+        return x * x
+    if spread == Spread.VARIANCE:
+        return x
+    return exp(x, <real> 0)
+
+
+cdef inline real square_rest(real x, real variance, int spread) noexcept nogil:
+    """What the rounding of a scale's square left out."""
+    if spread == Spread.SCALE:
+        return -residual_product(x, x, variance)
+    return 0
+
+
+cdef inline void normal_run(const real **x, const npy_intp *step, int n, int first, int spread_p,
+                            int spread_q, real *doubts_so_far, LaneSums *into) noexcept nogil:
+    """Add n terms, twice, of each of the lanes first..LANES-1."""
+    cdef int lane, i
+    cdef real s_p, s_q, v_p, v_q, e, z, g, d, s, ratio, mean, doubt, term
+    cdef real run[LANES]
+    cdef real doubts[LANES]
+    cdef real smallest = <real> (1.2e-38 if real is float else 2.3e-308)
+    cdef real widest = <real> (60 if real is float else 500)      # |e|: 4^e stays normal
+    cdef real highest = <real> (86 if real is float else 706)     # |log-variance| and |x|
+    copy(doubts_so_far, doubts)
+    for lane in range(LANES):
+        run[lane] = 0
+    for i in range(n):
+        for lane in range(LANES):
+            mean = x[0][i * step[0] + lane] - x[2][i * step[2] + lane]
+            s_p, s_q = x[1][i * step[1] + lane], x[3][i * step[3] + lane]
+            if spread_p == Spread.LOG_VARIANCE and spread_q == Spread.LOG_VARIANCE:
+                d = s_p - s_q
+                doubt = larger(larger(d, -d), larger(s_q, -s_q)) - highest
+                term = phi(d, <real> 0) + mean * mean * exp(-s_q, <real> 0)
+            else:
+                v_p, v_q = s_p, s_q
+                if spread_p != spread_q:
+                    v_p, v_q = variance_of(s_p, spread_p), variance_of(s_q, spread_q)
+                e = ratio_exponent(larger(v_p, smallest), larger(v_q, smallest))
+                z = match_exponent(larger(v_p, smallest), larger(v_q, smallest))
+                doubt = larger(larger(e, -e) - widest, smallest - smaller(v_p, v_q))
+                d = v_p - z
+                if spread_p != spread_q and e == 0:
+                    d += square_rest(s_p, v_p, spread_p) - square_rest(s_q, v_q, spread_q)
+                s = d / (v_p + z)
+                ratio = 1 / z
+                if spread_p == Spread.SCALE and spread_q == Spread.SCALE:
+                    g = pow2(2 * e) - 1
+                    mean *= ratio * pow2(e)
+                    term = ((d * ratio) * ((v_p + z) * ratio) * (g + s * (2 - s))
+                            + ((g - 2 * e * <real> LN2) - 2 * atanh_tail(s))) + mean * mean
+                else:
+                    g = pow2(e) - 1
+                    term = ((d * ratio) * (g + s) + ((g - e * <real> LN2) - atanh_tail(s))
+                            + mean * mean * ratio * pow2(e))
+            run[lane] += term
+            doubts[lane] = doubts[lane] if doubt <= 0 else 1  # NaN is in doubt
+    copy(doubts, doubts_so_far)
+    keep_from(first, run)
+    fold(run, into.divergence)
+
+
+cdef inline void normal_runs(const real **x, const npy_intp *step, int n, int first, int spread_p,
+                             int spread_q, real *doubts, LaneSums *into) noexcept nogil:
+    cdef const real *at[4]
+    cdef int operand, length
+    for operand in range(4):
+        at[operand] = x[operand]
+    while n > 0:
+        length = run_length(n, <real> 0)
+        normal_run(at, step, length, first, spread_p, spread_q, doubts, into)
+        for operand in range(4):
+            at[operand] += length * step[operand]
+        n -= length
+
+
+cdef void normal_loop(const real **x, const npy_intp *step, int n, int first, const Row *row,
+                      real *doubts, LaneSums *into) noexcept nogil:
+    """The common pairs of parametrisations have loops of their own."""
+    if row.spread_p == Spread.SCALE and row.spread_q == Spread.SCALE:
+        normal_runs(x, step, n, first, Spread.SCALE, Spread.SCALE, doubts, into)
+    elif row.spread_p == Spread.VARIANCE and row.spread_q == Spread.VARIANCE:
+        normal_runs(x, step, n, first, Spread.VARIANCE, Spread.VARIANCE, doubts, into)
+    elif row.spread_p == Spread.LOG_VARIANCE and row.spread_q == Spread.LOG_VARIANCE:
+        normal_runs(x, step, n, first, Spread.LOG_VARIANCE, Spread.LOG_VARIANCE, doubts, into)
+    else:
+        normal_runs(x, step, n, first, row.spread_p, row.spread_q, doubts, into)
+
+
+cdef void normal_block(const real **x, int n, const Row *row, Sums *into) noexcept nogil:
+    """Add n elements, LANES or more once padded; the last lanes overlap what was added before and do
+    not count."""
+    cdef LaneSums lanes
+    cdef real doubts[LANES]
+    cdef const real *last[4]
+    cdef npy_intp step[4]
+    cdef int operand, lane
+    clear_lanes(&lanes)
+    for lane in range(LANES):
+        doubts[lane] = 0
+    for operand in range(4):
+        step[operand], last[operand] = LANES, x[operand] + n - LANES
+    normal_loop(x, step, n // LANES, 0, row, doubts, &lanes)
+    if n % LANES:
+        normal_loop(last, step, 1, LANES - n % LANES, row, doubts, &lanes)
+    add(into, 0, 0.5 * across(lanes.divergence), 0, 0)
+    for lane in range(LANES):
+        into.doubtful |= doubts[lane] > 0
+
+
+cdef void normal_columns(const real **x, const npy_intp *step, int n, const Row *row,
+                         LaneParts *into) noexcept nogil:
+    """The sums of n elements of each of LANES rows; elements lie `step` apart."""
+    cdef real doubts[LANES]
+    cdef int lane
+    for lane in range(LANES):
+        doubts[lane] = 0
+    normal_loop(x, step, n, 0, row, doubts, &into.sums)
+    for lane in range(LANES):
+        into.sums.divergence[lane] *= 0.5
+        into.doubtful[lane] |= doubts[lane] > 0
+
+
+cdef inline double log_variance(double x, int spread) noexcept nogil:
+    if spread == Spread.LOG_VARIANCE:
+        return x
+    return 2 * log(x) if spread == Spread.SCALE else log(x)
+
+
+cdef inline bint is_spread(double x, int spread) noexcept nogil:
+    """Neither negative nor infinite; 0, a point mass, is one."""
+    return x < INFINITY if spread == Spread.LOG_VARIANCE else 0 <= x < INFINITY
+
+
+cdef inline bint is_point(double x, int spread) noexcept nogil:
+    return x == -INFINITY if spread == Spread.LOG_VARIANCE else x == 0
+
+
+cdef inline double log_variance_ratio(double x, double y, const Row *row) noexcept nogil:
+    if row.spread_p == row.spread_q and row.spread_p != Spread.LOG_VARIANCE:
+        return log_ratio(x, y) * (2 if row.spread_p == Spread.SCALE else 1)
+    return log_variance(x, row.spread_p) - log_variance(y, row.spread_q)
+
+
+cdef inline double normal_hard_value(const Row *row, int *status) noexcept nogil:
+    """Bad values, point masses, and variances that the fast formulas have no range for."""
+    cdef double m_p, s_p, m_q, s_q, x, scaled, result = 0
+    cdef bint bad = False, infinite = False
+    cdef npy_intp i
+    for i in range(row.length):
+        m_p, s_p = element(row, 0, i), element(row, 1, i)
+        m_q, s_q = element(row, 2, i), element(row, 3, i)
+        if m_p != m_p or s_p != s_p or m_q != m_q or s_q != s_q:
+            return NAN
+        bad |= fabs(m_p) == INFINITY or fabs(m_q) == INFINITY
+        bad |= not (is_spread(s_p, row.spread_p) and is_spread(s_q, row.spread_q))
+        bad |= is_point(s_p, row.spread_p) and is_point(s_q, row.spread_q)
+        infinite |= is_point(s_p, row.spread_p) or is_point(s_q, row.spread_q)
+        if bad or infinite:
+            continue
+        x = log_variance_ratio(s_p, s_q, row)
+        scaled = m_p - m_q
+        if scaled != 0:
+            scaled = libm_exp(2 * log(fabs(scaled)) - log_variance(s_q, row.spread_q))
+        result += 0.5 * ((expm1(x) - x) + scaled)
+    if bad:
+        status[0] |= INVALID
+        return NAN
+    return INFINITY if infinite else result
