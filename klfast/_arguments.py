@@ -1,6 +1,7 @@
 """Manners: what every public function does with its arguments before and after the gufunc.
 
-The common case (ndarrays of one floating dtype, right shapes) pays a type check and nothing else.
+The common case (ndarrays of one floating dtype, right shapes, no options) pays a check of types and
+nothing else: `call_plainly`, before anything is packed for the long way.
 Everything that is refused is refused before the gufunc writes anything, by an error that names the
 argument, what came and what was wanted; shapes are looked at only after the gufunc refused them.
 """
@@ -20,6 +21,17 @@ from klfast import _kernels
 from klfast.threads import get_num_threads, num_threads
 
 FLOATS = frozenset("efd")
+
+
+def call_plainly(name: str, arrays: tuple[Any, ...], *extra: Any) -> Any:
+    """The gufunc's result where the arrays can go to it as they are; None where they cannot, or do
+    not fit together, which the long way explains."""
+    if _kernels.are_plain(*arrays):
+        try:
+            return _kernels.gufuncs[name](*arrays, *extra)
+        except ValueError:
+            pass
+    return None
 
 
 def gufunc_for(name: str, arrays: Mapping[str, Any]) -> tuple[Callable[..., Any], list[Any]]:
@@ -166,13 +178,6 @@ def reduce(
     """Call the gufunc `name` over one core axis of `arrays`; `extra` operands have no core axis."""
     log_base = None if base is None else check_base(base)
     gufunc, operands = gufunc_for(name, arrays)
-    if axis == -1 and out is None and not keepdims and log_base is None:
-        try:
-            if operands[0].ndim <= 2 and operands[1].ndim <= 2:
-                return gufunc(*operands, *extra)
-            return _call(gufunc, [*operands, *extra], len(operands), None)
-        except (ValueError, TypeError) as error:
-            raise explain(error, list(arrays), operands, extra, axis, out) from None
     axis = check_axis(axis, arrays, operands)
     target = None if out is None else check_out(out, keepdims, axis)
     if target is not None:

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from klfast._arguments import as_array, reduce
+from klfast._arguments import as_array, call_plainly, reduce
 
 __all__ = ["kl_categorical"]
+
+ONE = np.array(1.0)  # spares the gufunc the conversion of the usual temperature
 
 
 def kl_categorical(
@@ -83,10 +85,15 @@ def kl_categorical(
     >>> print(f"{klfast.kl_categorical(p, q + 100):.6f}")
     0.143841
     """
+    temperature = _check_temperature(temperature)
+    if axis == -1 and not keepdims and base is None and out is None:
+        result = call_plainly("categorical", (logits_p, logits_q), temperature)
+        if result is not None:
+            return result
     return reduce(
         "categorical",
         {"logits_p": logits_p, "logits_q": logits_q},
-        extra=(_check_temperature(temperature),),
+        extra=(temperature,),
         axis=axis,
         keepdims=keepdims,
         base=base,
@@ -96,6 +103,8 @@ def kl_categorical(
 
 def _check_temperature(temperature: Any) -> Any:
     if type(temperature) is float:
+        if temperature == 1:
+            return ONE
         if 0 < temperature < math.inf:
             return temperature
         raise ValueError(f"temperature must be positive and finite, got {temperature}")

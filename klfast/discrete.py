@@ -6,7 +6,7 @@ from typing import Any
 
 from numpy.typing import ArrayLike, NDArray
 
-from klfast._arguments import reduce
+from klfast._arguments import call_plainly, reduce
 
 __all__ = ["kl_discrete"]
 
@@ -81,4 +81,8 @@ def kl_discrete(
     1.0
     """
     name = "discrete" if normalize else "discrete_plain"
+    if axis == -1 and not keepdims and base is None and out is None:
+        result = call_plainly(name, (p, q))
+        if result is not None:
+            return result
     return reduce(name, {"p": p, "q": q}, axis=axis, keepdims=keepdims, base=base, out=out)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from klfast._arguments import as_array, common_dtype, only_one, reduce
+from klfast._arguments import as_array, call_plainly, common_dtype, only_one, reduce
 
 __all__ = ["kl_normal"]
 
@@ -71,10 +71,8 @@ def kl_normal(
     Notes
     -----
     Relative error at most 1e-6 (float32) and 1e-14 (float64), however close P and Q are, and never
-    negative. One exception: where only one side gives log-variances, in float64, a relative error
-    of 1e-16 in the other side's variance counts as part of the input. Per dimension the result is
-    ½ (v_p/v_q − 1 − log(v_p/v_q)) + ½ (m_p − m_q)²/v_q, the first bracket evaluated without
-    cancellation.
+    negative. Per dimension the result is ½ (v_p/v_q − 1 − log(v_p/v_q)) + ½ (m_p − m_q)²/v_q, the
+    first bracket evaluated without cancellation.
 
     References
     ----------
@@ -88,10 +86,14 @@ def kl_normal(
     >>> print(klfast.kl_normal([0.0], logvar_p=[0.0], loc_q=[1.0], logvar_q=[0.0], axis=()))
     [0.5]
     """
-    kind_p, spread_p = only_one("p", scale=scale_p, var=var_p, logvar=logvar_p)
+    kind_p, spread_p = _kind("p", scale_p, var_p, logvar_p)
     kind_q, spread_q = kind_p, STANDARD[kind_p]
     if loc_q is not None:
-        kind_q, spread_q = only_one("q", scale=scale_q, var=var_q, logvar=logvar_q)
+        kind_q, spread_q = _kind("q", scale_q, var_q, logvar_q)
+        if axis == -1 and not keepdims and out is None:
+            result = call_plainly(f"normal_{kind_p}_{kind_q}", (loc_p, spread_p, loc_q, spread_q))
+            if result is not None:
+                return result
     elif not (scale_q is None and var_q is None and logvar_q is None):
         raise TypeError(
             "loc_q is missing: give it with the spread of q, or leave q out for N(0, I)"
@@ -112,6 +114,13 @@ def kl_normal(
         arrays = {name: x[..., np.newaxis] for name, x in arrays.items()}
         axis = -1
     return reduce(f"normal_{kind_p}_{kind_q}", arrays, axis=axis, keepdims=keepdims, out=out)
+
+
+def _kind(side: str, scale: Any, var: Any, logvar: Any) -> tuple[str, Any]:
+    """What was given for the spread of a side, and its value."""
+    if var is None and logvar is None and scale is not None:
+        return "scale", scale
+    return only_one(side, scale=scale, var=var, logvar=logvar)
 
 
 def _broadcast(arrays: dict[str, Any]) -> dict[str, Any]:

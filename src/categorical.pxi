@@ -18,8 +18,8 @@ from gufunc cimport INVALID
 from libc.math cimport exp as libm_exp, log
 from numpy cimport npy_intp
 from sums cimport (
-    BLOCK, LANES, STRIP, LaneParts, LaneSums, Row, Sums, add, add_lanes, clear, clear_lanes, copy,
-    divergence_of, element, fold, largest, least, round_off, run_length, two_sum,
+    BLOCK, LANES, STRIP, LaneParts, LaneSums, Row, Sums, across, add, add_lanes, clear, clear_lanes, copy,
+    divergence_of, element, fill, fold, largest, least, round_off, run_length, two_sum,
 )
 from vecmath cimport (
     INFINITY, NAN, exp, larger, phi, phi_near, real, residual_product, smaller,
@@ -55,11 +55,6 @@ cdef enum:               # constants of LANES rows, or LANES times those of one
     BETA = 2 * LANES     # 1/T in two parts
     BETA_REST = 3 * LANES
     CONSTANTS = 4 * LANES
-
-
-cdef inline void set_temperature(double beta, int lane, real *constants) noexcept nogil:
-    constants[BETA + lane] = <real> beta
-    constants[BETA_REST + lane] = <real> (beta - constants[BETA + lane])
 
 
 cdef inline real difference(real x, real y, real *rest) noexcept nogil:
@@ -324,38 +319,35 @@ cdef void categorical_block(const real **x, int n, double beta, Sums *into) noex
     cdef real found[FOUND]
     cdef real infinite[LANES]
     cdef LaneSums lanes
-    cdef int lane, loop, steps = n // LANES, rest = n % LANES, first = (LANES - n % LANES) % LANES
+    cdef int loop, steps = n // LANES, rest = n % LANES, first = (LANES - n % LANES) % LANES
     cdef const real *a = x[0] + n - LANES
     cdef const real *b = x[1] + n - LANES
     cdef real *last = weights + steps * LANES
-    cdef double lowest, highest, highest_b = 0, weight = 0, moment = 0
+    cdef double lowest, highest, highest_b = 0, weight
     range_of(x[0], n, &lowest, &highest)
     loop = first_loop(lowest, highest, beta, &into.peak, <real> 0)
-    for lane in range(LANES):
-        constants[PEAK + lane] = <real> into.peak
-        set_temperature(beta, lane, constants)
+    fill(&constants[PEAK], <real> into.peak)
+    fill(&constants[BETA], <real> beta)
+    fill(&constants[BETA_REST], <real> (beta - <real> beta))
     find_nothing(found)
     weigh_loop(loop, x[0], x[1], LANES, LANES, steps, 0, constants, weights, found)
     if rest:
         weigh_loop(loop, a, b, LANES, LANES, 1, first, constants, last, found)
-    for lane in range(LANES):
-        weight += found[WEIGHT + lane]
-        moment += found[MOMENT + lane]
-        infinite[lane] = 0
+    weight, lowest, highest = across(&found[WEIGHT]), least(&found[LOWEST]), largest(&found[HIGHEST])
     if weight == 0:
         range_of(x[1], n, &lowest, &highest_b)
-    lowest, highest = least(&found[LOWEST]), largest(&found[HIGHEST])
-    into.shift = choose_shift(weight, moment, lowest, highest, highest_b, <real> 0)
-    for lane in range(LANES):
-        constants[SHIFT + lane] = <real> into.shift
+    into.shift = choose_shift(
+        weight, across(&found[MOMENT]), lowest, highest, highest_b, <real> 0)
+    fill(&constants[SHIFT], <real> into.shift)
     loop = second_loop(loop, into.shift, lowest, highest, beta, <real> 0)
+    fill(infinite, <real> 0)
     clear_lanes(&lanes)
     diverge_loop(
         loop, x[0], x[1], LANES, LANES, steps, 0, weights, constants, infinite, &lanes)
     if rest:
         diverge_loop(loop, a, b, LANES, LANES, 1, first, last, constants, infinite, &lanes)
     add_lanes(into, &lanes)
-    into.doubtful |= largest(infinite) > 0
+    into.doubtful |= loop == Loop.FAR and largest(infinite) > 0
 
 
 cdef void categorical_columns(const real **x, const npy_intp *step, int n,
@@ -378,7 +370,8 @@ cdef void categorical_columns(const real **x, const npy_intp *step, int n,
         loops[lane] = first_loop(low[lane], high[lane], into.beta[lane], &into.peak[lane], <real> 0)
         widest = max(widest, loops[lane])
         constants[PEAK + lane] = <real> into.peak[lane]
-        set_temperature(into.beta[lane], lane, constants)
+        constants[BETA + lane] = <real> into.beta[lane]
+        constants[BETA_REST + lane] = <real> (into.beta[lane] - <real> into.beta[lane])
         infinite[lane] = high_b[lane] = 0
     find_nothing(found)
     weigh_loop(widest, x[0], x[1], step[0], step[1], n, 0, constants, weights, found)

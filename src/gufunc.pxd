@@ -35,6 +35,7 @@ cdef enum:
     TASK_NS = 500_000
 
 ctypedef struct Batch:
+    npy_intp n             # rows
     char **operands        # inputs, then the output
     const npy_intp *outer  # bytes from one row to the next, one an operand
     const npy_intp *core   # core dimensions
@@ -109,7 +110,7 @@ cdef inline void gufunc_loop(char **operands, const npy_intp *dimensions,
     cdef npy_intp n = dimensions[0]
     if n == 0:
         return
-    batch.operands, batch.outer = operands, steps
+    batch.n, batch.operands, batch.outer = n, operands, steps
     batch.core, batch.inner = dimensions + 1, steps + kernel.n_operands
     cdef Plan plan = kernel.plan(&batch, kernel)
     if n * plan.row_ns > SHARE_NS and PyGILState_Check():

@@ -142,6 +142,21 @@ for name_p, cov_p in (("cov", True), ("tril", False)):
         gufuncs[name] = mvn_gufunc(name, "(d),(d,d),(d),(d,d)->()", cov_p, cov_q, False)
 
 
+def are_plain(*arrays):
+    """Whether these can go to a gufunc as they are: ndarrays of float32 or of float64, at most two
+    axes."""
+    cdef object x
+    cdef int number = -1
+    for x in arrays:
+        if not cnp.PyArray_CheckExact(x) or not 0 < cnp.PyArray_NDIM(x) <= 2:
+            return False
+        if number < 0:
+            number = cnp.PyArray_TYPE(x)
+        if cnp.PyArray_TYPE(x) != number:
+            return False
+    return number == cnp.NPY_FLOAT or number == cnp.NPY_DOUBLE
+
+
 def set_threads(*, default=None, everybody=None, here=None):
     """Thread counts: the default, what code asked for, and for the calling thread alone (0: none)."""
     global threads_default, threads_asked, threads_here

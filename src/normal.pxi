@@ -7,8 +7,8 @@ both sums of non-negative terms. The first bracket is
     (d/z)((x+z)/z)(g + s(2-s)) + (g - 2 e ln2) - 2 t,              from scales,
 with x, y the parameters of p and q, z = y 2^e near x, d = x - z, s = d/(x + z),
 t = 2 atanh(s) - 2 s and g = 2^e - 1 (variances) or 4^e - 1 (scales). For e = 0 nothing cancels.
-Every term is right to 8 ulp. Where the sides differ, both are converted to variances first; a
-scale's square keeps its rounding error, a log-variance's exponential costs one ulp of v_p/v_q.
+Every term is right to 8 ulp. Where the sides differ, both are converted to variances first, in two
+parts; float32 is then computed in double.
 """
 
 from gufunc cimport INVALID
@@ -18,7 +18,7 @@ from sums cimport (
     LANES, LaneParts, LaneSums, Row, Sums, across, add, clear_lanes, copy, element, fold, keep_from, run_length,
 )
 from vecmath cimport (
-    INFINITY, LN2, NAN, atanh_tail, exp, larger, match_exponent, phi, pow2, ratio_exponent, real,
+    INFINITY, LN2, NAN, atanh_tail, exp, exp_pair_f64, larger, match_exponent, phi, pow2, ratio_exponent, real,
     residual_product, smaller,
 )
 
@@ -27,26 +27,26 @@ cdef enum Spread:
     VARIANCE
     LOG_VARIANCE
 
-cdef inline real variance_of(real x, int spread) noexcept nogil:
+cdef inline real variance_of(real x, int spread, real *rest) noexcept nogil:
+    """The variance that x stands for, and what its rounding left out."""
+    cdef real variance = x
+    rest[0] = 0
     if spread == Spread.SCALE:
-        return x * x
-    if spread == Spread.VARIANCE:
-        return x
-    return exp(x, <real> 0)
-
-
-cdef inline real square_rest(real x, real variance, int spread) noexcept nogil:
-    """What the rounding of a scale's square left out."""
-    if spread == Spread.SCALE:
-        return -residual_product(x, x, variance)
-    return 0
+        variance = x * x
+        rest[0] = -residual_product(x, x, variance)
+    elif spread == Spread.LOG_VARIANCE:
+        if real is double:
+            variance = exp_pair_f64(x, rest)
+        else:
+            variance = exp(x, <real> 0)
+    return variance
 
 
 cdef inline void normal_run(const real **x, const npy_intp *step, int n, int first, int spread_p,
                             int spread_q, real *doubts_so_far, LaneSums *into) noexcept nogil:
     """Add n terms, twice, of each of the lanes first..LANES-1."""
     cdef int lane, i
-    cdef real s_p, s_q, v_p, v_q, e, z, g, d, s, ratio, mean, doubt, term
+    cdef real s_p, s_q, v_p, v_q, rest_p, rest_q, e, z, g, d, s, ratio, mean, doubt, term
     cdef real run[LANES]
     cdef real doubts[LANES]
     cdef real smallest = <real> (1.2e-38 if real is float else 2.3e-308)
@@ -64,15 +64,16 @@ cdef inline void normal_run(const real **x, const npy_intp *step, int n, int fir
                 doubt = larger(larger(d, -d), larger(s_q, -s_q)) - highest
                 term = phi(d, <real> 0) + mean * mean * exp(-s_q, <real> 0)
             else:
-                v_p, v_q = s_p, s_q
+                v_p, v_q, rest_p, rest_q = s_p, s_q, 0, 0
                 if spread_p != spread_q:
-                    v_p, v_q = variance_of(s_p, spread_p), variance_of(s_q, spread_q)
+                    v_p = variance_of(s_p, spread_p, &rest_p)
+                    v_q = variance_of(s_q, spread_q, &rest_q)
                 e = ratio_exponent(larger(v_p, smallest), larger(v_q, smallest))
                 z = match_exponent(larger(v_p, smallest), larger(v_q, smallest))
                 doubt = larger(larger(e, -e) - widest, smallest - smaller(v_p, v_q))
                 d = v_p - z
-                if spread_p != spread_q and e == 0:
-                    d += square_rest(s_p, v_p, spread_p) - square_rest(s_q, v_q, spread_q)
+                if spread_p != spread_q:
+                    d += rest_p - rest_q if e == 0 else <real> 0
                 s = d / (v_p + z)
                 ratio = 1 / z
                 if spread_p == Spread.SCALE and spread_q == Spread.SCALE:

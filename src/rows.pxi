@@ -12,10 +12,12 @@ from cython.parallel cimport prange
 from numpy cimport npy_intp
 from gufunc cimport Batch, Kernel, Plan, Watch, look_for_signals
 from sums cimport (
-    BLOCK, LANES, MAX_OPERANDS, SHORT_ROW, STRIP, Family, Format, LaneParts, LaneSums, Row,
+    BLOCK, LANES, MAX_OPERANDS, NARROW_STRIP, SHORT_ROW, STRIP, Family, Format, LaneParts, LaneSums, Row,
     Sums, add, are_finite, clear, clear_lanes, combine, divergence_of, round_off, well_conditioned,
 )
-from vecmath cimport INFINITY, from_bfloat16, from_float16, real
+from vecmath cimport (
+    floats_from_bfloat16, floats_from_float16, from_bfloat16, from_float16, real,
+)
 
 cdef extern from "transpose.h" nogil:
     void transpose_f32(const float *x, npy_intp outer, npy_intp n, npy_intp lanes, float *into)
@@ -47,14 +49,14 @@ cdef inline void convert_from(int format, const char *data, npy_intp step, int n
 
 
 cdef void convert(int format, const char *data, npy_intp step, int n, real *into) noexcept nogil:
-    if format == Format.FLOAT32:
+    if real is float and step == 2 and format == Format.FLOAT16:
+        floats_from_float16(<const unsigned short *> data, n, into)
+    elif real is float and step == 2 and format == Format.BFLOAT16:
+        floats_from_bfloat16(<const unsigned short *> data, n, into)
+    elif format == Format.FLOAT32:
         convert_from(Format.FLOAT32, data, step, n, into)
     elif format == Format.FLOAT64:
         convert_from(Format.FLOAT64, data, step, n, into)
-    elif format == Format.FLOAT16 and step == 2:
-        convert_from(Format.FLOAT16, data, 2, n, into)
-    elif format == Format.BFLOAT16 and step == 2:
-        convert_from(Format.BFLOAT16, data, 2, n, into)
     else:
         convert_from(format, data, step, n, into)
 
@@ -233,21 +235,43 @@ cdef void gather(int format, const char *data, npy_intp outer, npy_intp step, in
     """into[i * LANES + lane] = element i of row `lane`, or of the first where there are no more
     rows."""
     cdef int i, lane
-    cdef real row[STRIP]
+    cdef real row[NARROW_STRIP]
     if rows == LANES and step == sizeof(real) and format == native_format(into[0]):
         transpose(<const real *> data, outer // <npy_intp> sizeof(real), n, into)
         return
-    for lane in range(LANES):
-        if lane < rows:
-            convert(format, data + lane * outer, step, n, row)
+    convert(format, data, step, n, row)
+    for i in range(n):
+        for lane in range(LANES):
+            into[i * LANES + lane] = row[i]
+    for lane in range(1, rows if outer else 1):
+        convert(format, data + lane * outer, step, n, row)
         for i in range(n):
-            into[i * LANES + lane] = row[i] if lane < rows else into[i * LANES]
+            into[i * LANES + lane] = row[i]
 
 
 ctypedef struct Rows:
     Row first
     npy_intp outer[MAX_OPERANDS]     # bytes from one row to the next
     int used                         # how many of LANES rows there are
+    int strip                        # elements of each that are summed together
+
+
+cdef inline bint are_columns(const Rows *rows, int operand, real of_type) noexcept nogil:
+    """Whether elements of neighbouring rows lie side by side, to be read in place."""
+    return rows.used == LANES and rows.outer[operand] == sizeof(real) and (
+        rows.first.format == native_format(of_type))
+
+
+cdef int choose_strip(const Rows *rows, real of_type) noexcept nogil:
+    cdef int operand
+    for operand in range(rows.first.n_operands):
+        if not are_columns(rows, operand, of_type):
+            return NARROW_STRIP
+    return STRIP
+
+
+cdef inline int strip_length(const Rows *rows, npy_intp start) noexcept nogil:
+    return <int> min(<npy_intp> rows.strip, rows.first.length - start)
 
 
 cdef void load_strip(const Rows *rows, npy_intp start, int n, real *buffer, const real **x,
@@ -259,11 +283,11 @@ cdef void load_strip(const Rows *rows, npy_intp start, int n, real *buffer, cons
     cdef real *into
     for operand in range(row.n_operands):
         data = row.data[operand] + start * row.step[operand]
-        if row.format == native_format(buffer[0]) and rows.used == LANES and rows.outer[operand] == sizeof(real):
+        if are_columns(rows, operand, buffer[0]):
             x[operand] = <const real *> data
             step[operand] = row.step[operand] // <npy_intp> sizeof(real)
         else:
-            into = buffer + operand * STRIP * LANES
+            into = buffer + operand * NARROW_STRIP * LANES
             gather(row.format, data, rows.outer[operand], row.step[operand], n, rows.used, into)
             x[operand], step[operand] = into, LANES
 
@@ -278,10 +302,6 @@ cdef void columns(const Row *row, const real **x, const npy_intp *step, int n,
         discrete_columns(x, step, n, row.normalize, into)
     else:
         categorical_columns(x, step, n, into)
-
-
-cdef inline int strip_length(const Rows *rows, npy_intp start) noexcept nogil:
-    return <int> min(<npy_intp> STRIP, rows.first.length - start)
 
 
 cdef void lane_ratios(const Rows *rows, real *buffer, const real **x, npy_intp *step,
@@ -376,7 +396,7 @@ cdef inline void finish_lanes(const Row *row, const LaneParts *parts, double *va
 cdef void rows_side_by_side(const Rows *rows, LaneParts *parts, double *values,
                             bint *trusted, real of_type) noexcept nogil:
     """The values of LANES rows, and which of them the fast formulas vouch for."""
-    cdef real buffer[MAX_OPERANDS * STRIP * LANES]
+    cdef real buffer[MAX_OPERANDS * NARROW_STRIP * LANES]
     cdef const Row *row = &rows.first
     cdef const real *x[MAX_OPERANDS]
     cdef npy_intp step[MAX_OPERANDS]
@@ -388,7 +408,7 @@ cdef void rows_side_by_side(const Rows *rows, LaneParts *parts, double *values,
     load_strip(rows, 0, strip_length(rows, 0), buffer, x, step)
     if row.family == Family.DISCRETE and row.normalize:
         lane_ratios(rows, buffer, x, step, parts.ratio)
-    if row.length <= STRIP:
+    if row.length <= rows.strip:
         columns(row, x, step, <int> row.length, parts)
     else:
         sum_strips(rows, buffer, parts)
@@ -422,11 +442,15 @@ cdef npy_intp item_size(int format) noexcept nogil:
     return 8 if format == Format.FLOAT64 else 4 if format == Format.FLOAT32 else 2
 
 
+cdef inline bint is_short(const Batch *batch) noexcept nogil:
+    return 0 < batch.core[0] < SHORT_ROW
+
+
 cdef bint across_rows(const Batch *batch, const Kernel *kernel) noexcept nogil:
     """Whether to compute LANES rows side by side."""
     cdef npy_intp size = item_size(kernel.options[0])
-    return 0 < batch.core[0] < SHORT_ROW or (
-        batch.outer[0] == size and batch.inner[0] != size)
+    return is_short(batch) or (
+        batch.n >= LANES and batch.outer[0] == size and batch.inner[0] != size)
 
 
 cdef Plan plan_rows(const Batch *batch, const Kernel *kernel) noexcept nogil:
@@ -470,11 +494,15 @@ cdef inline int rows_in_groups(const Batch *batch, npy_intp first, npy_intp last
     cdef LaneParts parts
     cdef double values[LANES]
     cdef bint trusted[LANES]
+    cdef bint short = is_short(batch)
     for operand in range(MAX_OPERANDS):
         rows.outer[operand] = batch.outer[operand]
     while first < last:
+        if last - first < LANES and not short and first > 0:
+            first = last - LANES  # whole vectors: some rows are computed twice
         rows.first = row_at(batch, first, kernel)
         rows.used = <int> min(<npy_intp> LANES, last - first)
+        rows.strip = choose_strip(&rows, of_type)
         for lane in range(LANES):
             parts.beta[lane] = 1
         if kernel.family == Family.CATEGORICAL:

@@ -20,7 +20,8 @@ cdef enum:
     BLOCK = 1024       # elements of one row that are summed together
     HALF = 8           # LANES / 2
     QUARTER = 4
-    STRIP = 64         # elements of each of LANES rows that are summed together
+    STRIP = 256        # elements of each of LANES rows that are summed together,
+    NARROW_STRIP = 64  # and that are gathered at a time
     RUN = 8            # terms a lane sums in float before double takes over
     LONG_RUN = 32      # terms a lane sums in double before other sums take over
     MAX_OPERANDS = 4
@@ -99,13 +100,12 @@ cdef inline void round_off(Sums *sums) noexcept nogil:
         sums.rest[i] = 0
 
 
-cdef inline double across(const double *lanes) noexcept nogil:
+cdef inline double across(const real *lanes) noexcept nogil:
     """The sum of all lanes, in a tree that vectors can follow."""
-    cdef double part[QUARTER]
+    cdef real part[QUARTER]
     cdef int i
     for i in range(QUARTER):
-        part[i] = (lanes[i] + lanes[i + HALF]) + (
-            lanes[i + QUARTER] + lanes[i + HALF + QUARTER])
+        part[i] = (lanes[i] + lanes[i + HALF]) + (lanes[i + QUARTER] + lanes[i + HALF + QUARTER])
     return (part[0] + part[2]) + (part[1] + part[3])
 
 

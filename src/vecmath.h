@@ -9,8 +9,12 @@
 #define KLFAST_VECMATH_H
 
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
 
 static inline uint32_t bits_f32(float x) { uint32_t u; memcpy(&u, &x, sizeof u); return u; }
 static inline uint64_t bits_f64(double x) { uint64_t u; memcpy(&u, &x, sizeof u); return u; }
@@ -190,6 +194,47 @@ static inline double residual_product_f64(double a, double b, double c) {
 }
 #endif
 
+/* (r + r_low)(high + *low) + (c + c_low), in two parts: returns the first, leaves the other in low. */
+static inline double pair_step(double r, double r_low, double high, double *low, double c, double c_low) {
+    double product = r * high;
+    double product_low = (r * *low + r_low * high) - residual_product_f64(r, high, product);
+    double total = c + product, added = total - c;
+    *low = ((c - (total - added)) + (product - added)) + (c_low + product_low);
+    return total;
+}
+
+/* e^x and, in `rest`, what its rounding left out: together right to 1e-22 of e^x. x in [-708, 709].
+ * ln 2 in three parts, the first two short enough that n times them is exact; the series in pairs up
+ * to r^6/6!, in doubles up to r^17/17!. */
+static inline double exp_pair_f64(double x, double *rest) {
+    double shifted = x * LOG2_E + MAGIC_F64, n = shifted - MAGIC_F64;
+    double power = pow2_shifted_f64(shifted);
+    double high = x - n * 0x1.62e42fefa2p-1, middle = n * 0x1.9ef35793c6p-41;
+    double r = high - middle, back = r - high;
+    double r_low = ((high - (r - back)) - (middle + back)) - n * 0x1.673007e5ed5e8p-81;
+    double t = 2.8114572543455206e-15;
+    t = t * r + 4.779477332387385e-14;
+    t = t * r + 7.647163731819816e-13;
+    t = t * r + 1.1470745597729725e-11;
+    t = t * r + 1.6059043836821613e-10;
+    t = t * r + 2.08767569878681e-09;
+    t = t * r + 2.505210838544172e-08;
+    t = t * r + 2.755731922398589e-07;
+    t = t * r + 2.7557319223985893e-06;
+    t = t * r + 2.48015873015873e-05;
+    t = t * r + 0.0001984126984126984;
+    double low = 0;
+    t = pair_step(r, r_low, t, &low, 0x1.6c16c16c16c17p-10, -0x1.f49f49f49f49fp-65);
+    t = pair_step(r, r_low, t, &low, 0x1.1111111111111p-7, 0x1.1111111111111p-63);
+    t = pair_step(r, r_low, t, &low, 0x1.5555555555555p-5, 0x1.5555555555555p-59);
+    t = pair_step(r, r_low, t, &low, 0x1.5555555555555p-3, 0x1.5555555555555p-57);
+    t = pair_step(r, r_low, t, &low, 0.5, 0);
+    t = pair_step(r, r_low, t, &low, 1, 0);
+    t = pair_step(r, r_low, t, &low, 1, 0);
+    *rest = low * power;
+    return t * power;
+}
+
 /* IEEE binary16 and bfloat16, given as their bits. Exact. */
 static inline float from_float16(uint16_t h) {
     uint32_t magnitude = (uint32_t)(h & 0x7fffu) << 13;
@@ -198,5 +243,20 @@ static inline float from_float16(uint16_t h) {
     return from_bits_f32(bits_f32(x) | special | (uint32_t)(h & 0x8000u) << 16);
 }
 static inline float from_bfloat16(uint16_t b) { return from_bits_f32((uint32_t)b << 16); }
+
+/* n of them into floats. */
+static inline void floats_from_float16(const uint16_t *h, ptrdiff_t n, float *into) {
+    ptrdiff_t i = 0;
+#if defined(__F16C__)
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(into + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(h + i))));
+#endif
+    for (; i < n; i++)
+        into[i] = from_float16(h[i]);
+}
+static inline void floats_from_bfloat16(const uint16_t *b, ptrdiff_t n, float *into) {
+    for (ptrdiff_t i = 0; i < n; i++)
+        into[i] = from_bfloat16(b[i]);
+}
 
 #endif

@@ -1,5 +1,7 @@
 """vecmath.h for fused types: name(x) is name_f32(x) or name_f64(x)."""
 
+from numpy cimport npy_intp
+
 ctypedef fused real:
     float
     double
@@ -9,6 +11,7 @@ cdef extern from "vecmath.h" nogil:
     double pow2_f64(double n)
     float exp_f32(float x, float rest)
     double exp_f64(double x, double rest)
+    double exp_pair_f64(double x, double *rest)
     float phi_f32(float x, float rest)
     double phi_f64(double x, double rest)
     float phi_near_f32(float x)
@@ -25,6 +28,8 @@ cdef extern from "vecmath.h" nogil:
     double residual_product_f64(double a, double b, double c)
     float from_float16(unsigned short bits)
     float from_bfloat16(unsigned short bits)
+    void floats_from_float16(const unsigned short *bits, npy_intp n, float *into)
+    void floats_from_bfloat16(const unsigned short *bits, npy_intp n, float *into)
     double INFINITY
     double NAN
     double LN2 "0.6931471805599453"

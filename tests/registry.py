@@ -43,7 +43,6 @@ class Entry:
     bound: dict[str, float] = field(default_factory=lambda: ROWS)
     options: dict[str, object] = field(default_factory=dict)
     core: int = 1
-    near: bool = True  # whether near-equal pairs are within the bound in float64
     max_size: int = 10**9
 
     def __call__(self, arrays, **options):
@@ -217,16 +216,8 @@ ENTRIES = [
     Entry("normal-logvar", "kl_normal", make_normal("logvar", "logvar"), oracle.kl_normal),
     Entry("normal-scale-var", "kl_normal", make_normal("scale", "var"), oracle.kl_normal),
     Entry("normal-var-scale", "kl_normal", make_normal("var", "scale"), oracle.kl_normal),
-    Entry(
-        "normal-logvar-scale",
-        "kl_normal",
-        make_normal("logvar", "scale"),
-        oracle.kl_normal,
-        near=False,
-    ),
-    Entry(
-        "normal-var-logvar", "kl_normal", make_normal("var", "logvar"), oracle.kl_normal, near=False
-    ),
+    Entry("normal-logvar-scale", "kl_normal", make_normal("logvar", "scale"), oracle.kl_normal),
+    Entry("normal-var-logvar", "kl_normal", make_normal("var", "logvar"), oracle.kl_normal),
     Entry("mvn", "kl_mvn", make_factors, oracle.kl_mvn, FACTORS, core=2, max_size=17),
 ]
 IDS = {entry.id: entry for entry in ENTRIES}
