@@ -116,7 +116,7 @@ cdef inline void plain_run(const real *p, const real *q, npy_intp step_p, npy_in
             s = difference / (x + z)
             tail = atanh_tail(s)
             divergence[lane] += x * (e_ln2 + tail) + (difference * s + (y - z))
-            term = x * (e_ln2 + (tail + 2 * s))
+            term = x * (e_ln2 + (tail + (s + s)))
             direct[lane] += term
             weight[lane] += larger(term, -term)
             term = y - x

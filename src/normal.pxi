@@ -15,11 +15,12 @@ from gufunc cimport INVALID
 from libc.math cimport exp as libm_exp, expm1, fabs, log
 from numpy cimport npy_intp
 from sums cimport (
-    LANES, LaneParts, LaneSums, Row, Sums, across, add, clear_lanes, copy, element, fold, keep_from, run_length,
+    LANES, LaneParts, LaneSums, Row, Sums, across, add, clear_lanes, copy, element, fold, keep_from,
+    run_length,
 )
 from vecmath cimport (
-    INFINITY, LN2, NAN, atanh_tail, exp, exp_pair_f64, larger, match_exponent, phi, pow2, ratio_exponent, real,
-    residual_product, smaller,
+    INFINITY, NAN, atanh_tail, exp, exp_pair_f64, larger, match_exponent, phi, ratio_log, ratio_power,
+    real, residual_product, smaller,
 )
 
 cdef enum Spread:
@@ -42,23 +43,30 @@ cdef inline real variance_of(real x, int spread, real *rest) noexcept nogil:
     return variance
 
 
-cdef inline void normal_run(const real **x, const npy_intp *step, int n, int first, int spread_p,
+cdef inline void normal_run(const real **at, const npy_intp *step, int n, int first, int spread_p,
                             int spread_q, real *doubts_so_far, LaneSums *into) noexcept nogil:
     """Add n terms, twice, of each of the lanes first..LANES-1."""
     cdef int lane, i
-    cdef real s_p, s_q, v_p, v_q, rest_p, rest_q, e, z, g, d, s, ratio, mean, doubt, term
+    cdef real s_p, s_q, v_p, v_q, rest_p, rest_q, x, y, z, e_ln2, power, grown, d, s, ratio, mean
+    cdef real doubt, term
+    cdef const real *loc_p = at[0]
+    cdef const real *spread_of_p = at[1]
+    cdef const real *loc_q = at[2]
+    cdef const real *spread_of_q = at[3]
+    cdef npy_intp step_0 = step[0], step_1 = step[1], step_2 = step[2], step_3 = step[3]
     cdef real run[LANES]
     cdef real doubts[LANES]
+    cdef real one = 1, two = 2                                    # literals would be double
     cdef real smallest = <real> (1.2e-38 if real is float else 2.3e-308)
-    cdef real widest = <real> (60 if real is float else 500)      # |e|: 4^e stays normal
+    cdef real widest = <real> (41 if real is float else 346)      # |e ln 2|: 4^e stays normal
     cdef real highest = <real> (86 if real is float else 706)     # |log-variance| and |x|
     copy(doubts_so_far, doubts)
     for lane in range(LANES):
         run[lane] = 0
     for i in range(n):
         for lane in range(LANES):
-            mean = x[0][i * step[0] + lane] - x[2][i * step[2] + lane]
-            s_p, s_q = x[1][i * step[1] + lane], x[3][i * step[3] + lane]
+            mean = loc_p[i * step_0 + lane] - loc_q[i * step_2 + lane]
+            s_p, s_q = spread_of_p[i * step_1 + lane], spread_of_q[i * step_3 + lane]
             if spread_p == Spread.LOG_VARIANCE and spread_q == Spread.LOG_VARIANCE:
                 d = s_p - s_q
                 doubt = larger(larger(d, -d), larger(s_q, -s_q)) - highest
@@ -68,25 +76,25 @@ cdef inline void normal_run(const real **x, const npy_intp *step, int n, int fir
                 if spread_p != spread_q:
                     v_p = variance_of(s_p, spread_p, &rest_p)
                     v_q = variance_of(s_q, spread_q, &rest_q)
-                e = ratio_exponent(larger(v_p, smallest), larger(v_q, smallest))
-                z = match_exponent(larger(v_p, smallest), larger(v_q, smallest))
-                doubt = larger(larger(e, -e) - widest, smallest - smaller(v_p, v_q))
+                x, y = larger(v_p, smallest), larger(v_q, smallest)
+                z, power, e_ln2 = match_exponent(x, y), ratio_power(x, y), ratio_log(x, y)
+                doubt = larger(larger(e_ln2, -e_ln2) - widest, smallest - smaller(v_p, v_q))
                 d = v_p - z
                 if spread_p != spread_q:
-                    d += rest_p - rest_q if e == 0 else <real> 0
+                    d += rest_p - rest_q if e_ln2 == 0 else <real> 0
                 s = d / (v_p + z)
-                ratio = 1 / z
+                ratio = one / z
                 if spread_p == Spread.SCALE and spread_q == Spread.SCALE:
-                    g = pow2(2 * e) - 1
-                    mean *= ratio * pow2(e)
-                    term = ((d * ratio) * ((v_p + z) * ratio) * (g + s * (2 - s))
-                            + ((g - 2 * e * <real> LN2) - 2 * atanh_tail(s))) + mean * mean
+                    grown = power * power - one
+                    mean *= ratio * power
+                    term = ((d * ratio) * ((v_p + z) * ratio) * (grown + s * (two - s))
+                            + ((grown - two * e_ln2) - two * atanh_tail(s))) + mean * mean
                 else:
-                    g = pow2(e) - 1
-                    term = ((d * ratio) * (g + s) + ((g - e * <real> LN2) - atanh_tail(s))
-                            + mean * mean * ratio * pow2(e))
+                    grown = power - one
+                    term = ((d * ratio) * (grown + s) + ((grown - e_ln2) - atanh_tail(s))
+                            + mean * mean * (ratio * power))
             run[lane] += term
-            doubts[lane] = doubts[lane] if doubt <= 0 else 1  # NaN is in doubt
+            doubts[lane] = doubts[lane] if doubt <= 0 else one  # NaN is in doubt
     copy(doubts, doubts_so_far)
     keep_from(first, run)
     fold(run, into.divergence)

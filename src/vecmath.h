@@ -33,7 +33,7 @@ static inline float pow2_shifted_f32(float shifted) {
 static inline double pow2_shifted_f64(double shifted) {
     return from_bits_f64((bits_f64(shifted) + 1023u) << 52);
 }
-static inline float pow2_f32(float n) { return pow2_shifted_f32(n + MAGIC_F32); }
+
 static inline double pow2_f64(double n) { return pow2_shifted_f64(n + MAGIC_F64); }
 
 /* r - n*ln(2) for integral n = nearest(r / ln 2): ln 2 in two parts, the first short enough that
@@ -142,6 +142,15 @@ static inline float ratio_log_f32(float x, float y) {
 }
 static inline double ratio_log_f64(double x, double y) {
     return ratio_exponent_f64(x, y) * 0x1.62e42fefa39efp-1;
+}
+
+/* 2^e for that e, |e| <= 126 (f32), 1022 (f64). Exact. */
+static inline float ratio_power_f32(float x, float y) {
+    return from_bits_f32(((bits_f32(x) - bits_f32(y) + 0x400000u) & 0xff800000u) + 0x3f800000u);
+}
+static inline double ratio_power_f64(double x, double y) {
+    uint64_t e = (bits_f64(x) - bits_f64(y) + ((uint64_t)1 << 51)) & ((uint64_t)0xfff << 52);
+    return from_bits_f64(e + ((uint64_t)0x3ff << 52));
 }
 
 /* y * 2^e for the e of ratio_exponent(x, y). Exact; x and the result normal. */

@@ -7,8 +7,6 @@ ctypedef fused real:
     double
 
 cdef extern from "vecmath.h" nogil:
-    float pow2_f32(float n)
-    double pow2_f64(double n)
     float exp_f32(float x, float rest)
     double exp_f64(double x, double rest)
     double exp_pair_f64(double x, double *rest)
@@ -18,6 +16,8 @@ cdef extern from "vecmath.h" nogil:
     double phi_near_f64(double x)
     float ratio_exponent_f32(float x, float y)
     double ratio_exponent_f64(double x, double y)
+    float ratio_power_f32(float x, float y)
+    double ratio_power_f64(double x, double y)
     float ratio_log_f32(float x, float y)
     double ratio_log_f64(double x, double y)
     float match_exponent_f32(float x, float y)
@@ -33,13 +33,6 @@ cdef extern from "vecmath.h" nogil:
     double INFINITY
     double NAN
     double LN2 "0.6931471805599453"
-
-
-cdef inline real pow2(real n) noexcept nogil:
-    if real is float:
-        return pow2_f32(n)
-    else:
-        return pow2_f64(n)
 
 
 cdef inline real exp(real x, real rest) noexcept nogil:
@@ -61,6 +54,13 @@ cdef inline real phi_near(real x) noexcept nogil:
         return phi_near_f32(x)
     else:
         return phi_near_f64(x)
+
+
+cdef inline real ratio_power(real x, real y) noexcept nogil:
+    if real is float:
+        return ratio_power_f32(x, y)
+    else:
+        return ratio_power_f64(x, y)
 
 
 cdef inline real ratio_log(real x, real y) noexcept nogil:
