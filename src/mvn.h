@@ -27,6 +27,7 @@
 #define MVN_VECTORS 2
 #define MVN_ROWS (MVN_VECTORS * MVN_LANES)
 #define MVN_COLUMNS 4
+#define MVN_DEPTH 256  /* columns: a block of a panel and a strip of a factor fit the first cache */
 
 #define MVN_INLINE static inline __attribute__((always_inline))
 #if defined(__clang__)
@@ -36,6 +37,9 @@
 #endif
 
 typedef double mvn_vec __attribute__((vector_size(8 * MVN_LANES), may_alias));
+typedef double mvn_loose __attribute__((vector_size(8 * MVN_LANES), may_alias, aligned(8)));
+typedef int64_t mvn_bits __attribute__((vector_size(8 * MVN_LANES), may_alias));
+typedef int64_t mvn_loose_bits __attribute__((vector_size(8 * MVN_LANES), may_alias, aligned(8)));
 
 MVN_INLINE mvn_vec mvn_ones(void) { return (mvn_vec){0} + 1.0; }
 
@@ -223,25 +227,28 @@ MVN_INLINE void mvn_lanes_divergence(
 
 /* ---- panels ---------------------------------------------------------------------------------- */
 
-/* One matrix of n rows, n a multiple of ROWS. The solve takes Y^T = (L_p - L_q)^T L_q^-T in the
- * same panels: row 0 of X is mu_p - mu_q; row m is column m - 1 of L_p - L_q and begins there. */
-
-/* Where the panel of rows i .. i + ROWS - 1 begins; it has columns 0 .. i + ROWS - 1. */
-MVN_INLINE ptrdiff_t mvn_panel(ptrdiff_t i) {
-    ptrdiff_t index = i / MVN_ROWS;
-    return MVN_ROWS * MVN_ROWS * (index * (index + 1) / 2);
-}
-
-/* Where element (i, j) is. */
-MVN_INLINE ptrdiff_t mvn_element(ptrdiff_t i, ptrdiff_t j) {
-    return mvn_panel(i) + j * MVN_ROWS + i % MVN_ROWS;
-}
+/* One matrix at a time. A factor L lies in memory row after row, `stride` elements apart. The solve
+ * takes Y^T = (L_p - L_q)^T L_q^-T in panels of ROWS rows, each stored by columns: vectors run along
+ * a row of L_p - L_q as it lies in memory, and L_q is only broadcast. The first panel holds columns
+ * 0 .. ROWS - 2 of L_p - L_q and, last, mu_p - mu_q; the others ROWS columns each. Columns are
+ * solved COLUMNS at a time; in place of the rows of L that are missing stand `zeros`. */
 
 typedef struct { mvn_vec sum[MVN_COLUMNS][MVN_VECTORS]; } mvn_tile;  /* ROWS by COLUMNS */
 
-/* Columns j .. j + COLUMNS - 1 of x, minus sum_k x[k] l[k][c] over begin <= k < j. */
-MVN_INLINE mvn_tile mvn_panel_subtract(
-    const double *x, const double *l, ptrdiff_t begin, ptrdiff_t j) {
+typedef struct { const double *row[MVN_COLUMNS]; } mvn_strip;  /* COLUMNS rows of L */
+
+MVN_INLINE mvn_strip mvn_rows_of(
+    const double *l, ptrdiff_t stride, ptrdiff_t j, ptrdiff_t n, const double *zeros) {
+    mvn_strip strip;
+    MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
+        strip.row[c] = j + c < n ? l + (j + c) * stride : zeros;
+    }
+    return strip;
+}
+
+/* Columns j .. j + COLUMNS - 1 of x, minus sum_k x[k] l[c][k] over begin <= k < end. */
+MVN_INLINE mvn_tile mvn_tile_subtract(
+    const double *x, mvn_strip l, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t j) {
     const mvn_vec *column = (const mvn_vec *)x;
     mvn_tile tile;
     MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
@@ -249,130 +256,258 @@ MVN_INLINE mvn_tile mvn_panel_subtract(
             tile.sum[c][v] = column[(j + c) * MVN_VECTORS + v];
         }
     }
-    for (ptrdiff_t k = begin; k < j; k++) {
+    for (ptrdiff_t k = begin; k < end; k++) {
         MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
             MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
-                tile.sum[c][v] -= column[k * MVN_VECTORS + v] * l[k * MVN_ROWS + c];
+                tile.sum[c][v] -= column[k * MVN_VECTORS + v] * l.row[c][k];
             }
         }
     }
     return tile;
 }
 
-/* X <- X L^-T in the columns first .. last - 1 of one panel of X, which is 0 left of `begin`. */
-static inline void mvn_panel_solve(
-    double *x, const double *factor, const double *reciprocal,
-    ptrdiff_t begin, ptrdiff_t first, ptrdiff_t last) {
+/* One tile of X <- X L^-T, when all columns left of `begin` are subtracted; adds the squares of what
+ * is found to `squares`. */
+MVN_INLINE void mvn_tile_solve(
+    double *x, mvn_strip l, const double *reciprocal, ptrdiff_t begin, ptrdiff_t j,
+    mvn_vec *squares) {
     mvn_vec *column = (mvn_vec *)x;
-    for (ptrdiff_t j = first; j < last; j += MVN_COLUMNS) {
-        const double *l = factor + mvn_element(j, 0);
-        mvn_tile tile = mvn_panel_subtract(x, l, begin, j);
-        MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
-            MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
-                MVN_UNROLL for (int k = 0; k < c; k++) {
-                    tile.sum[c][v] -= tile.sum[k][v] * l[(j + k) * MVN_ROWS + c];
-                }
-                tile.sum[c][v] *= reciprocal[j + c];
-                column[(j + c) * MVN_VECTORS + v] = tile.sum[c][v];
+    mvn_tile tile = mvn_tile_subtract(x, l, begin, j, j);
+    MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
+        MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
+            MVN_UNROLL for (int k = 0; k < c; k++) {
+                tile.sum[c][v] -= tile.sum[k][v] * l.row[c][j + k];
             }
+            tile.sum[c][v] *= reciprocal[j + c];
+            column[(j + c) * MVN_VECTORS + v] = tile.sum[c][v];
+            squares[v] += tile.sum[c][v] * tile.sum[c][v];
         }
     }
 }
 
-/* The diagonal block of the panel that begins at row i, when all to its left is done. */
+MVN_INLINE void mvn_tile_update(
+    double *x, mvn_strip l, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t j) {
+    mvn_vec *column = (mvn_vec *)x;
+    mvn_tile tile = mvn_tile_subtract(x, l, begin, end, j);
+    MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
+        MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
+            column[(j + c) * MVN_VECTORS + v] = tile.sum[c][v];
+        }
+    }
+}
+
+MVN_INLINE ptrdiff_t mvn_least(ptrdiff_t x, ptrdiff_t y) { return x < y ? x : y; }
+MVN_INLINE ptrdiff_t mvn_most(ptrdiff_t x, ptrdiff_t y) { return x > y ? x : y; }
+
+/* One step of X <- X L^-T for `panels` panels of X, `size` apart, panel g being 0 left of
+ * begin + g step: solves for the columns `block` .. `block` + DEPTH - 1 from `first` on, subtracts
+ * what they contribute to the columns up to `last`, and adds their squares to `squares`. The caches
+ * hold a block; each sum runs in one order. `n` is how many rows L has. */
+static inline void mvn_panels_solve(
+    double *x, ptrdiff_t size, ptrdiff_t panels, const double *factor, ptrdiff_t stride,
+    ptrdiff_t n, const double *zeros, const double *reciprocal, ptrdiff_t begin, ptrdiff_t step,
+    ptrdiff_t block, ptrdiff_t first, ptrdiff_t last, double *squares) {
+    ptrdiff_t end = mvn_least(block + MVN_DEPTH, last);
+    for (ptrdiff_t j = mvn_most(block, first); j < last; j += MVN_COLUMNS) {
+        mvn_strip l = mvn_rows_of(factor, stride, j, n, zeros);
+        for (ptrdiff_t g = 0; g < panels; g++) {
+            ptrdiff_t from = mvn_most(block, begin + g * step);
+            if (j < from) break;
+            if (j < end) mvn_tile_solve(x + g * size, l, reciprocal, from, j, (mvn_vec *)squares);
+            else mvn_tile_update(x + g * size, l, from, end, j);
+        }
+    }
+}
+
+/* The diagonal block of the panel of a covariance that begins at row i, when all to its left is
+ * done. Eliminates by L D L^T, whose pivots wait for one division each, and scales at the end. */
 static inline void mvn_panel_factor(double *x, double *reciprocal, ptrdiff_t i) {
     mvn_vec *column = (mvn_vec *)x;
-    for (ptrdiff_t j = i; j < i + MVN_ROWS; j += MVN_COLUMNS) {
-        const double *l = x + (j - i);
-        mvn_tile tile = mvn_panel_subtract(x, l, 0, j);
+    MVN_UNROLL for (int block = 0; block < MVN_ROWS; block += MVN_COLUMNS) {
+        ptrdiff_t j = i + block;
+        mvn_tile tile;
         MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
-            ptrdiff_t row = j - i + c;
-            double root = sqrt(tile.sum[c][row / MVN_LANES][row % MVN_LANES]);
-            reciprocal[j + c] = 1.0 / root;
             MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
-                tile.sum[c][v] *= reciprocal[j + c];
-                column[(j + c) * MVN_VECTORS + v] = tile.sum[c][v];
+                tile.sum[c][v] = column[(j + c) * MVN_VECTORS + v];
             }
-            x[(j + c) * MVN_ROWS + row] = root;
-            MVN_UNROLL for (int k = c + 1; k < MVN_COLUMNS; k++) {
+        }
+        for (ptrdiff_t k = 0; k < j; k++) {
+            MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
                 MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
-                    tile.sum[k][v] -= tile.sum[c][v] * l[(j + c) * MVN_ROWS + k];
+                    tile.sum[c][v] -= column[k * MVN_VECTORS + v] * x[k * MVN_ROWS + block + c];
                 }
             }
         }
-    }
-}
-
-/* a <- its Cholesky factor, with the reciprocals of the diagonal. n is a multiple of ROWS. */
-static inline void mvn_panels_cholesky(double *a, double *reciprocal, ptrdiff_t n) {
-    for (ptrdiff_t i = 0; i < n; i += MVN_ROWS) {
-        double *x = a + mvn_panel(i);
-        mvn_panel_solve(x, a, reciprocal, 0, 0, i);
-        mvn_panel_factor(x, reciprocal, i);
-    }
-}
-
-/* Rows m .. m + ROWS - 1 of X, from column `begin`; what lies beyond row n is 0. */
-static inline void mvn_panel_difference(
-    double *x, const double *p, const double *q, const double *shift,
-    ptrdiff_t m, ptrdiff_t begin, ptrdiff_t n) {
-    for (ptrdiff_t k = begin; k < n; k++) {
-        const double *row_p = p + mvn_element(k, 0), *row_q = q + mvn_element(k, 0);
-        for (ptrdiff_t r = 0; r < MVN_ROWS; r++) {
-            ptrdiff_t column = m + r - 1;
-            x[k * MVN_ROWS + r] = column > k ? 0.0
-                : column < 0 ? shift[k]
-                : row_p[column * MVN_ROWS] - row_q[column * MVN_ROWS];
-        }
-    }
-}
-
-/* `squares` = |L_q^-1 (mu_p - mu_q)|^2 + |Y|^2 and `t` = diag(Y); `x` is scratch for one panel. */
-static inline void mvn_panels_whiten(
-    const double *p, const double *q, const double *shift, const double *reciprocal,
-    double *x, ptrdiff_t n, double *t, double *squares) {
-    const mvn_vec *column = (const mvn_vec *)x;
-    mvn_vec sum[MVN_VECTORS] = {{0}};
-    for (ptrdiff_t m = 0; m <= n; m += MVN_ROWS) {
-        ptrdiff_t begin = m > 0 ? m - MVN_COLUMNS : 0;
-        mvn_panel_difference(x, p, q, shift, m, begin, n);
-        mvn_panel_solve(x, q, reciprocal, begin, begin, n);
-        for (ptrdiff_t k = begin; k < n; k++) {
-            MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
-                sum[v] += column[k * MVN_VECTORS + v] * column[k * MVN_VECTORS + v];
+        double pivot[MVN_COLUMNS];
+        MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
+            int row = block + c;
+            pivot[c] = tile.sum[c][row / MVN_LANES][row % MVN_LANES];
+            double inverse = 1.0 / pivot[c];
+            MVN_UNROLL for (int k = c + 1; k < MVN_COLUMNS; k++) {
+                int other = block + k;
+                double share = tile.sum[c][other / MVN_LANES][other % MVN_LANES] * inverse;
+                MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
+                    tile.sum[k][v] -= tile.sum[c][v] * share;
+                }
             }
         }
-        for (ptrdiff_t r = m == 0; r < MVN_ROWS && m + r <= n; r++) {
-            t[m + r - 1] = x[(m + r - 1) * MVN_ROWS + r];
+        MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
+            double root = sqrt(pivot[c]);
+            reciprocal[j + c] = 1.0 / root;
+            MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
+                column[(j + c) * MVN_VECTORS + v] = tile.sum[c][v] * reciprocal[j + c];
+            }
+            x[(j + c) * MVN_ROWS + block + c] = root;
         }
-    }
-    *squares = 0.0;
-    for (int v = 0; v < MVN_VECTORS; v++) {
-        for (int lane = 0; lane < MVN_LANES; lane++) *squares += sum[v][lane];
     }
 }
 
-/* The same for q = N(0, I), where Y = L_p - I. */
-static inline void mvn_panels_whiten_standard(
-    const double *p, const double *shift, ptrdiff_t n, double *t, double *squares) {
-    double sum[MVN_ROWS] = {0};
-    for (ptrdiff_t i = 0; i < n; i += MVN_ROWS) {
-        const double *x = p + mvn_panel(i);
-        for (ptrdiff_t k = 0; k < i; k++, x += MVN_ROWS) {
-            for (ptrdiff_t r = 0; r < MVN_ROWS; r++) sum[r] += x[r] * x[r];
-        }
-        for (ptrdiff_t k = i; k < i + MVN_ROWS; k++, x += MVN_ROWS) {
-            t[k] = x[k - i] - 1.0;
-            sum[k - i] += t[k] * t[k] + shift[k] * shift[k];
-            for (ptrdiff_t r = k - i + 1; r < MVN_ROWS; r++) sum[r] += x[r] * x[r];
+/* Columns 0 .. count - 1 of ROWS rows, which begin at `at` and have their elements `step` bytes
+ * apart, as a panel. */
+#define MVN_PANEL_LOAD(real) \
+    for (ptrdiff_t k = 0; k < count; k++) { \
+        MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) { \
+            char *const *row = at + v * MVN_LANES; \
+            ((mvn_vec *)x)[k * MVN_VECTORS + v] = mvn_gather_##real(row, k * step); \
+        } \
+    }
+static inline void mvn_panel_load_f32(
+    double *x, char *const *at, ptrdiff_t step, ptrdiff_t count) { MVN_PANEL_LOAD(f32) }
+static inline void mvn_panel_load_f64(
+    double *x, char *const *at, ptrdiff_t step, ptrdiff_t count) { MVN_PANEL_LOAD(f64) }
+
+/* Columns first .. last - 1 of a panel back to rows, `stride` apart; multiples of COLUMNS. */
+static inline void mvn_panel_store(
+    const double *x, double *rows, ptrdiff_t stride, ptrdiff_t first, ptrdiff_t last) {
+    for (ptrdiff_t k = first; k < last; k += MVN_COLUMNS) {
+        const double *block = x + k * MVN_ROWS;
+        for (int r = 0; r < MVN_ROWS; r++) {
+            double *row = rows + r * stride + k;
+            MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) row[c] = block[c * MVN_ROWS + r];
         }
     }
-    *squares = 0.0;
-    for (int r = 0; r < MVN_ROWS; r++) *squares += sum[r];
+}
+
+/* All bits set, then none: which columns of a row reach the diagonal. */
+static const int64_t mvn_reach[2 * MVN_ROWS] = {
+#if MVN_ROWS >= 16
+    -1, -1, -1, -1, -1, -1, -1, -1,
+#endif
+#if MVN_ROWS >= 8
+    -1, -1, -1, -1,
+#endif
+    -1, -1, -1, -1};
+
+/* Rows first .. last - 1 of the panel of L_p - L_q that begins at its column `start`. */
+MVN_INLINE void mvn_panel_difference(
+    double *x, const double *p, ptrdiff_t stride_p, const double *q, ptrdiff_t stride_q,
+    const double *shift, ptrdiff_t start, ptrdiff_t n, ptrdiff_t first, ptrdiff_t last) {
+    mvn_vec *column = (mvn_vec *)x;
+    ptrdiff_t k = first, diagonal = mvn_least(start + MVN_ROWS, last);
+    int whole = start + MVN_ROWS <= n;  /* rows reach that far: what is right of the diagonal, too */
+    for (; k < mvn_least(start, last); k++) {
+        MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) column[k * MVN_VECTORS + v] = (mvn_vec){0};
+    }
+    for (; k < diagonal; k++) {
+        const double *row_p = p + k * stride_p + start, *row_q = q + k * stride_q + start;
+        if (whole) {
+            const int64_t *reach = mvn_reach + MVN_ROWS - 1 - (k - start);
+            MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
+                mvn_bits mask = *(const mvn_loose_bits *)(reach + v * MVN_LANES);
+                mvn_vec difference = *(const mvn_loose *)(row_p + v * MVN_LANES)
+                    - *(const mvn_loose *)(row_q + v * MVN_LANES);
+                column[k * MVN_VECTORS + v] = (mvn_vec)((mvn_bits)difference & mask);
+            }
+        } else {
+            for (ptrdiff_t r = 0; r < MVN_ROWS; r++) {
+                x[k * MVN_ROWS + r] = start + r <= k ? row_p[r] - row_q[r] : 0.0;
+            }
+        }
+    }
+    for (; k < last; k++) {
+        const double *row_p = p + k * stride_p + start, *row_q = q + k * stride_q + start;
+        MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
+            column[k * MVN_VECTORS + v] = *(const mvn_loose *)(row_p + v * MVN_LANES)
+                - *(const mvn_loose *)(row_q + v * MVN_LANES);
+        }
+    }
+    if (start == 0) {
+        for (k = first; k < last; k++) x[k * MVN_ROWS + MVN_ROWS - 1] = shift[k];
+    }
+}
+
+/* `panels` panels of L_p - L_q from number `index` on, followed by zeros up to row `padded`. */
+static inline void mvn_panels_differences(
+    double *x, const double *p, ptrdiff_t stride_p, const double *q, ptrdiff_t stride_q,
+    const double *shift, ptrdiff_t index, ptrdiff_t panels, ptrdiff_t n, ptrdiff_t padded,
+    ptrdiff_t size) {
+    const ptrdiff_t chunk = 32, begin = index * MVN_ROWS - MVN_COLUMNS;
+    for (ptrdiff_t first = mvn_most(begin, 0); first < n; first += chunk) {
+        ptrdiff_t last = mvn_least(first + chunk, n);
+        for (ptrdiff_t g = 0; g < panels; g++) {
+            ptrdiff_t start = mvn_most((index + g) * MVN_ROWS - 1, 0);
+            ptrdiff_t from = mvn_most(first, begin + g * MVN_ROWS);
+            if (from >= last) break;
+            mvn_panel_difference(
+                x + g * size, p, stride_p, q, stride_q, shift, start, n, from, last);
+        }
+    }
+    for (ptrdiff_t g = 0; g < panels; g++) {
+        double *rest = x + g * size;
+        for (ptrdiff_t k = n * MVN_ROWS; k < padded * MVN_ROWS; k++) rest[k] = 0.0;
+    }
+}
+
+/* The elements of diag(Y) in `panels` panels from number `index` on. */
+static inline void mvn_panels_diagonal(
+    const double *x, ptrdiff_t index, ptrdiff_t panels, ptrdiff_t n, ptrdiff_t size, double *t) {
+    for (ptrdiff_t g = index; g < index + panels; g++, x += size) {
+        ptrdiff_t start = mvn_most(g * MVN_ROWS - 1, 0), stop = mvn_least((g + 1) * MVN_ROWS - 1, n);
+        for (ptrdiff_t k = start; k < stop; k++) t[k] = x[k * MVN_ROWS + (k - start)];
+    }
+}
+
+/* For q = N(0, I), where Y = L_p - I: gives |Y|^2 + |mu_p|^2 and diag(Y). */
+static inline double mvn_whiten_standard(
+    const double *p, ptrdiff_t stride, const double *shift, ptrdiff_t n, double *t) {
+    mvn_vec sum = {0};
+    double rest = 0.0;
+    for (ptrdiff_t i = 0; i < n; i++) {
+        const double *row = p + i * stride;
+        ptrdiff_t j = 0;
+        for (; j + MVN_LANES <= i; j += MVN_LANES) {
+            mvn_vec x = *(const mvn_loose *)(row + j);
+            sum += x * x;
+        }
+        for (; j < i; j++) rest += row[j] * row[j];
+        t[i] = row[i] - 1.0;
+        rest += t[i] * t[i] + shift[i] * shift[i];
+    }
+    for (int lane = 0; lane < MVN_LANES; lane++) rest += sum[lane];
+    return rest;
+}
+
+/* The diagonal of L. */
+static inline void mvn_diagonal(
+    const double *l, ptrdiff_t stride, ptrdiff_t n, double *diagonal) {
+    for (ptrdiff_t i = 0; i < n; i++) diagonal[i] = l[i * (stride + 1)];
+}
+
+static inline void mvn_reciprocals(const double *y, double *inverse, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i++) inverse[i] = mvn_reciprocal(y[i]);
+}
+
+/* Asks for the lower triangle's rows first .. last - 1, `row` bytes apart, of elements of `size`
+ * bytes: processors do not foresee the way through a triangle. */
+static inline void mvn_prefetch(
+    const char *matrix, ptrdiff_t row, ptrdiff_t size, ptrdiff_t first, ptrdiff_t last) {
+    for (ptrdiff_t i = first; i < last; i++) {
+        for (ptrdiff_t at = 0; at <= i * size; at += 64) __builtin_prefetch(matrix + i * row + at, 0, 3);
+    }
 }
 
 /* 1/2 squares + sum_i (t_i - log1p(t_i)); x = L_p,ii, y = L_q,ii. Overwrites t. */
-static inline double mvn_panels_divergence(
+static inline double mvn_divergence(
     const double *x, const double *y, double *t, double squares, ptrdiff_t n) {
     double kl = 0.5 * squares;
     mvn_minus_log1p_each(x, y, t, n);

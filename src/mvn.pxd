@@ -18,13 +18,15 @@ Small matrices lie side by side, one in a SIMD lane each; large ones are taken o
 panels of rows (mvn.h).
 """
 
+from cython.parallel cimport prange
 from libc.math cimport INFINITY, NAN, isfinite, isinf, isnan
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 from numpy cimport npy_intp
 
-from gufunc cimport INVALID, NO_MEMORY, Batch, Kernel, Plan, Watch
+from gufunc cimport (
+    INVALID, NO_MEMORY, Batch, Kernel, Plan, Watch, look_for_signals, omp_get_thread_num)
 from vecmath cimport real
 
 cdef extern from "mvn.h" nogil:
@@ -32,6 +34,8 @@ cdef extern from "mvn.h" nogil:
     enum:
         LANES "MVN_LANES"
         ROWS "MVN_ROWS"
+        COLUMNS "MVN_COLUMNS"
+        DEPTH "MVN_DEPTH"
     vec gather_f32 "mvn_gather_f32"(char *const *at, npy_intp offset)
     vec gather_f64 "mvn_gather_f64"(char *const *at, npy_intp offset)
     vec ones "mvn_ones"()
@@ -47,25 +51,44 @@ cdef extern from "mvn.h" nogil:
         const vec *a, vec *diagonal, npy_intp stride, npy_intp n)
     void lanes_divergence "mvn_lanes_divergence"(
         const double *x, const double *y, double *t, const double *squares, npy_intp n, double *kl)
-    double safe_reciprocal "mvn_reciprocal"(double y)
-    npy_intp element "mvn_element"(npy_intp i, npy_intp j)
-    npy_intp panels_size "mvn_panel"(npy_intp n)
-    void panels_cholesky "mvn_panels_cholesky"(double *a, double *reciprocal, npy_intp n)
-    void panels_whiten "mvn_panels_whiten"(
-        const double *p, const double *q, const double *shift, const double *reciprocal,
-        double *x, npy_intp n, double *t, double *squares)
-    void panels_whiten_standard "mvn_panels_whiten_standard"(
-        const double *p, const double *shift, npy_intp n, double *t, double *squares)
-    double panels_divergence "mvn_panels_divergence"(
+    void panel_load_f32 "mvn_panel_load_f32"(
+        double *x, char *const *at, npy_intp step, npy_intp count)
+    void panel_load_f64 "mvn_panel_load_f64"(
+        double *x, char *const *at, npy_intp step, npy_intp count)
+    void panels_solve "mvn_panels_solve"(
+        double *x, npy_intp size, npy_intp panels, const double *factor, npy_intp stride,
+        npy_intp n, const double *zeros, const double *reciprocal, npy_intp begin, npy_intp step,
+        npy_intp block, npy_intp first, npy_intp last, double *squares)
+    void panel_factor "mvn_panel_factor"(double *x, double *reciprocal, npy_intp i)
+    void panel_store "mvn_panel_store"(
+        const double *x, double *rows, npy_intp stride, npy_intp first, npy_intp last)
+    void panels_differences "mvn_panels_differences"(
+        double *x, const double *p, npy_intp stride_p, const double *q, npy_intp stride_q,
+        const double *shift, npy_intp index, npy_intp panels, npy_intp n, npy_intp padded,
+        npy_intp size)
+    void panels_diagonal "mvn_panels_diagonal"(
+        const double *x, npy_intp index, npy_intp panels, npy_intp n, npy_intp size, double *t)
+    double whiten_standard "mvn_whiten_standard"(
+        const double *p, npy_intp stride, const double *shift, npy_intp n, double *t)
+    void take_diagonal "mvn_diagonal"(
+        const double *l, npy_intp stride, npy_intp n, double *diagonal)
+    void reciprocals "mvn_reciprocals"(const double *y, double *inverse, npy_intp n)
+    void prefetch "mvn_prefetch"(
+        const char *matrix, npy_intp row, npy_intp size, npy_intp first, npy_intp last)
+    double divergence "mvn_divergence"(
         const double *x, const double *y, double *t, double squares, npy_intp n)
 
-# Up to LANES_LIMIT rows, items in lanes are faster than one by one; from PANELS_START rows on, a
-# few items left over are faster one by one than in a group that is half empty.
+# Up to so many rows, items in lanes are faster than one by one. The choice depends on nothing else:
+# an item's bits do not depend on its neighbours.
 cdef enum:
     MOST_LANES = 8
     MOST_ROWS = 16
-    LANES_LIMIT = 48
-    PANELS_START = 16
+    LANES_FROM_FACTORS = 4
+    LANES_FROM_COVARIANCES = 24
+    BLOCK = 8        # least panels of a covariance that threads share before they are factorised
+    MOST_TOGETHER = 8    # panels that are solved together
+    LARGE = 128      # rows from which on signals are looked for within a matrix
+    AHEAD = 160      # rows up to which the next item is asked for: the cache holds both
 
 ctypedef struct Side:
     # One of the two distributions of every item: addresses and strides in bytes.
@@ -229,40 +252,243 @@ cdef inline int lanes_rows(const Batch *batch, npy_intp first, npy_intp last, co
 
 # ---- panels: one larger matrix at a time ------------------------------------------------------
 
-cdef inline void panels_load_matrix(double *a, const Side *s, npy_intp item, npy_intp n,
-                                    npy_intp padded, real type_tag) noexcept nogil:
-    """Lower triangle, continued by an identity to whole panels."""
+ctypedef struct Rows:
+    # A lower triangular factor in double, row after row; `stride` in elements.
+    const double *data
+    npy_intp stride
+
+ctypedef struct Panels:
+    # Scratch of one thread, or of several that share a matrix. The arrays have `padded` elements.
+    void *memory
+    npy_intp n, padded       # rows, and rows up to a whole panel
+    npy_intp size            # of a panel and the squares behind it
+    npy_intp together        # panels that are solved together
+    npy_intp block           # panels of a covariance between two factorisations
+    npy_intp stride          # from one row to the next of a factor that is not read in place
+    double *factor_p
+    double *factor_q
+    double *x                # panels
+    double *diagonal_p
+    double *diagonal_q
+    double *reciprocal
+    double *shift
+    double *t
+    double *zeros
+    double *squares          # one for panels solved together
+
+
+cdef inline bint in_place(const Side *s, real type_tag) noexcept nogil:
+    """Whether a factor can be read where it lies."""
+    return (real is double and not s.covariance and s.column == sizeof(double)
+            and s.row % <npy_intp> sizeof(double) == 0)
+
+
+cdef inline bint panels_new(Panels *a, npy_intp n, bint copy_p, bint copy_q, bint covariances,
+                            int threads) noexcept nogil:
+    """Room for the panels that `threads` threads have at hand, and for factors to be copied."""
+    cdef npy_intp padded = (n + ROWS - 1) // ROWS * ROWS, stride = padded + ROWS, i
+    cdef npy_intp square = padded * stride, size = (padded + 1) * ROWS, panels
+    a.together = max(<npy_intp> 2, min(<npy_intp> MOST_TOGETHER, n // 512 * 2))
+    a.block = max(<npy_intp> BLOCK, padded // ROWS // 32 * 2)
+    panels = threads * a.together
+    if covariances:
+        panels = max(panels, a.block)
+    cdef npy_intp length = (copy_p + copy_q) * square + panels * size + 7 * padded + ROWS
+    a.memory = malloc(length * sizeof(double) + 64)
+    if a.memory == NULL:
+        return False
+    a.n, a.padded, a.stride, a.size = n, padded, stride, size
+    a.diagonal_p = aligned(a.memory)
+    a.diagonal_q = a.diagonal_p + padded
+    a.reciprocal = a.diagonal_q + padded
+    a.shift = a.reciprocal + padded
+    a.t = a.shift + padded
+    a.zeros = a.t + padded
+    a.squares = a.zeros + padded
+    a.x = a.squares + padded + ROWS
+    a.factor_p = a.x + panels * size
+    a.factor_q = a.factor_p + copy_p * square
+    for i in range(padded):
+        a.diagonal_q[i] = 1.0
+        a.reciprocal[i] = 1.0
+        a.zeros[i] = 0.0
+    return True
+
+
+cdef inline void panel_load(double *x, char *const *at, npy_intp step, npy_intp count,
+                            real type_tag) noexcept nogil:
+    if real is float:
+        panel_load_f32(x, at, step, count)
+    else:
+        panel_load_f64(x, at, step, count)
+
+
+cdef inline void cholesky_load(const Panels *a, const Side *s, npy_intp item, double *x,
+                               npy_intp i, real type_tag) noexcept nogil:
+    """Rows i .. i + ROWS - 1 of a covariance as a panel, continued by an identity."""
     cdef char *at[MOST_ROWS]
     cdef char *matrix = s.matrix + item * s.matrix_outer
-    cdef npy_intp row = s.row, column = s.column, i, k, r, rows
-    cdef double *x
-    for i from 0 <= i < padded by ROWS:
-        x = a + panels_size(i)
-        rows = min(n - i, <npy_intp> ROWS)
-        for r in range(ROWS):
-            at[r] = matrix + (i + min(r, rows - 1)) * row
-        for k in range(i):
-            for r in range(ROWS):
-                x[k * ROWS + r] = (<real *> (at[r] + k * column))[0]
-        for k in range(i, i + rows):
-            for r in range(k - i, rows):
-                x[k * ROWS + r] = (<real *> (at[r] + k * column))[0]
-        for r in range(rows, ROWS):
-            for k in range(i + r):
+    cdef npy_intp n = a.n, r, k
+    for r in range(ROWS):
+        at[r] = matrix + min(i + r, n - 1) * s.row
+    panel_load(x, at, s.column, min(i + ROWS, n), type_tag)
+    if i + ROWS > n:
+        memset(x + n * ROWS, 0, (i + ROWS - n) * ROWS * sizeof(double))
+        for r in range(n - i, ROWS):
+            for k in range(n):
                 x[k * ROWS + r] = 0.0
             x[(i + r) * ROWS + r] = 1.0
 
 
-cdef inline void panels_load_shift(double *shift, const Side *p, const Side *q, npy_intp item,
-                                   npy_intp n, npy_intp padded, real type_tag) noexcept nogil:
+cdef inline void solve(const Panels *a, double *x, npy_intp panels, Rows factor, npy_intp n,
+                       npy_intp begin, npy_intp step, npy_intp first, npy_intp last,
+                       Watch *watch) noexcept nogil:
+    """X <- X L^-T in the columns first .. last - 1 of some panels; panel g is 0 left of
+    begin + g step. Leaves the sums of the squares of the rows in what follows the first panel."""
+    cdef npy_intp block, r
+    cdef double *squares = x + a.padded * ROWS
+    for r in range(ROWS):
+        squares[r] = 0.0
+    for block from max(begin, 0) // DEPTH * DEPTH <= block < last by DEPTH:
+        if a.n >= LARGE:
+            look_for_signals(watch)
+            if watch.stop:
+                return
+        panels_solve(x, a.size, panels, factor.data, factor.stride, n, a.zeros, a.reciprocal, begin,
+                     step, block, first, last, squares)
+
+
+cdef inline void cholesky_begin(const Panels *a, const Side *s, npy_intp item, Rows factor,
+                                npy_intp done, npy_intp index, npy_intp panels, Watch *watch,
+                                real type_tag) noexcept nogil:
+    """Some panels of the block that starts at row `done`, without what is above the block."""
+    cdef npy_intp i
+    if watch.stop:
+        return
+    for i in range(index, index + panels):
+        cholesky_load(a, s, item, a.x + i * a.size, done + i * ROWS, type_tag)
+    solve(a, a.x + index * a.size, panels, factor, done, 0, 0, 0, done, watch)
+
+
+cdef inline void cholesky(const Panels *a, const Side *s, npy_intp item, double *factor,
+                          Watch *watch, real type_tag) noexcept nogil:
+    """The factor of a covariance. Threads share the panels of a block up to its first column;
+    the block's own triangle is one thread's. Whatever the threads, every sum runs in one order."""
+    cdef Rows rows
+    cdef npy_intp done, index, count, share, i
+    cdef double *x
+    rows.data, rows.stride = factor, a.stride
+    for done from 0 <= done < a.padded by a.block * ROWS:
+        count = min(a.block, (a.padded - done) // ROWS)
+        if watch.threads > 1 and done > 0:
+            share = max(<npy_intp> 1, min(a.together, count // watch.threads))
+            for index in prange((count + share - 1) // share, num_threads=watch.threads,
+                                schedule="dynamic"):
+                cholesky_begin(a, s, item, rows, done, index * share,
+                               min(share, count - index * share), watch, type_tag)
+        else:
+            for index from 0 <= index < count by MOST_TOGETHER:
+                cholesky_begin(a, s, item, rows, done, index,
+                               min(<npy_intp> MOST_TOGETHER, count - index), watch, type_tag)
+        for index in range(count):
+            i = done + index * ROWS
+            x = a.x + index * a.size
+            solve(a, x, 1, rows, i, 0, 0, done, i, watch)
+            if watch.stop:
+                return
+            panel_factor(x, a.reciprocal, i)
+            panel_store(x, factor + i * a.stride, a.stride, 0, i + ROWS)
+
+
+cdef inline void copy_factor(const Panels *a, const Side *s, npy_intp item, double *factor,
+                             real type_tag) noexcept nogil:
+    cdef char *row
+    cdef npy_intp i, j
+    for i in range(a.n):
+        row = s.matrix + item * s.matrix_outer + i * s.row
+        if s.column == sizeof(real):
+            for j in range(i + 1):
+                factor[i * a.stride + j] = (<real *> row)[j]
+        else:
+            for j in range(i + 1):
+                factor[i * a.stride + j] = (<real *> (row + j * s.column))[0]
+
+
+cdef inline Rows factor_of(const Panels *a, const Side *s, npy_intp item, double *factor,
+                           double *diagonal, bint fresh, Watch *watch,
+                           real type_tag) noexcept nogil:
+    """One side's factor and its diagonal; not `fresh`: those of the item before."""
+    cdef Rows rows
+    if in_place(s, type_tag):
+        rows.data = <const double *> (s.matrix + item * s.matrix_outer)
+        rows.stride = s.row // <npy_intp> sizeof(double)
+    else:
+        rows.data, rows.stride = factor, a.stride
+        if fresh and s.covariance:
+            cholesky(a, s, item, factor, watch, type_tag)
+        elif fresh:
+            copy_factor(a, s, item, factor, type_tag)
+    if fresh and not watch.stop:
+        take_diagonal(rows.data, rows.stride, a.n, diagonal)
+    return rows
+
+
+cdef inline void load_shift(double *shift, const Side *p, const Side *q, npy_intp item,
+                            npy_intp n, real type_tag) noexcept nogil:
     """mu_p - mu_q, or mu_p when q is NULL."""
     cdef npy_intp i
     for i in range(n):
         shift[i] = (<real *> (p.loc + item * p.loc_outer + i * p.loc_inner))[0]
         if q != NULL:
             shift[i] -= (<real *> (q.loc + item * q.loc_outer + i * q.loc_inner))[0]
-    for i in range(n, padded):
-        shift[i] = 0.0
+
+
+cdef inline void prefetch_rows(const Side *s, npy_intp item, npy_intp first, npy_intp last,
+                               real type_tag) noexcept nogil:
+    """Ask for some rows of an item's matrix, if they are yet to be read and lie side by side."""
+    if s.column == sizeof(real) and not s.shared:
+        prefetch(s.matrix + item * s.matrix_outer, s.row, sizeof(real), first, last)
+
+
+cdef inline double whiten_some(const Panels *a, Rows p, Rows q, npy_intp index, double *x,
+                               Watch *watch) noexcept nogil:
+    """The squares of some panels of [z | Y]^T from number `index` on; diag(Y) goes to a.t."""
+    cdef npy_intp n = a.n, panels = min(a.together, n // ROWS + 1 - index), r
+    cdef npy_intp padded = (n + COLUMNS - 1) // COLUMNS * COLUMNS, begin = index * ROWS - COLUMNS
+    cdef double squares = 0.0
+    if watch.stop:
+        return 0.0
+    panels_differences(x, p.data, p.stride, q.data, q.stride, a.shift, index, panels, n, padded,
+                       a.size)
+    solve(a, x, panels, q, n, begin, ROWS, max(begin, <npy_intp> 0), padded, watch)
+    panels_diagonal(x, index, panels, n, a.size, a.t)
+    for r in range(ROWS):
+        squares += x[a.padded * ROWS + r]
+    return squares
+
+
+cdef inline double whiten(const Panels *a, Rows p, Rows q, const Side *side_p, const Side *side_q,
+                          npy_intp following, Watch *watch, real type_tag) noexcept nogil:
+    """|z|^2 + |Y|^2 where [z | Y] = L_q^-1 ([mu_p | L_p] - [mu_q | L_q]); diag(Y) goes to a.t.
+    Threads share the panels. The matrices of the item `following` (negative: none) are asked for
+    along the way."""
+    cdef npy_intp step = a.together * ROWS, groups = a.n // step + 1, index, last
+    cdef double squares = 0.0
+    if watch.threads > 1:
+        for index in prange(groups, num_threads=watch.threads, schedule="dynamic"):
+            a.squares[index] = whiten_some(
+                a, p, q, index * a.together,
+                a.x + omp_get_thread_num() * a.together * a.size, watch)
+    else:
+        for index in range(groups):
+            a.squares[index] = whiten_some(a, p, q, index * a.together, a.x, watch)
+            if following >= 0:
+                last = min((index + 1) * step, a.n)
+                prefetch_rows(side_p, following, index * step, last, type_tag)
+                prefetch_rows(side_q, following, index * step, last, type_tag)
+    for index in range(groups):
+        squares += a.squares[index]
+    return squares
 
 
 cdef inline bint panels_improper(const double *x, const double *y, npy_intp n) noexcept nogil:
@@ -274,56 +500,45 @@ cdef inline bint panels_improper(const double *x, const double *y, npy_intp n) n
 
 
 cdef inline int panels_rows(const Batch *batch, npy_intp first, npy_intp last, const Side *p,
-                            const Side *q, npy_intp n, real type_tag) noexcept nogil:
-    cdef npy_intp padded = (n + ROWS - 1) // ROWS * ROWS, size = panels_size(padded)
-    cdef void *memory = malloc((2 * size + (ROWS + 5) * padded) * sizeof(double) + 64)
-    if memory == NULL:
-        return NO_MEMORY
-    cdef double *factor_p = aligned(memory)
-    cdef double *factor_q = factor_p + size
-    cdef double *scratch = factor_q + size
-    cdef double *reciprocal = scratch + ROWS * padded
-    cdef double *shift = reciprocal + padded
-    cdef double *t = shift + padded
-    cdef double *diagonal_p = t + padded
-    cdef double *diagonal_q = diagonal_p + padded
+                            const Side *q, npy_intp n, Watch *watch,
+                            real type_tag) noexcept nogil:
+    cdef bint copy_p = not in_place(p, type_tag), copy_q = q != NULL and not in_place(q, type_tag)
+    cdef bint covariances = p.covariance or (q != NULL and q.covariance)
+    cdef Panels a
+    cdef Rows rows_p, rows_q
     cdef double squares, kl
     cdef char *out = batch.operands[2 if q == NULL else 4]
-    cdef npy_intp out_outer = batch.outer[2 if q == NULL else 4]
-    cdef npy_intp item, i
+    cdef npy_intp out_outer = batch.outer[2 if q == NULL else 4], item, following
+    cdef bint fresh
     cdef int status = 0
-    for i in range(padded):
-        diagonal_q[i] = 1.0
+    if not panels_new(&a, n, copy_p, copy_q, covariances, watch.threads):
+        return NO_MEMORY
     for item in range(first, last):
-        if q != NULL and (item == first or not q.shared):
-            panels_load_matrix(factor_q, q, item, n, padded, type_tag)
-            if q.covariance:
-                panels_cholesky(factor_q, reciprocal, padded)
-            for i in range(padded):
-                diagonal_q[i] = factor_q[element(i, i)]
-                reciprocal[i] = safe_reciprocal(diagonal_q[i])
-        if item == first or not p.shared:
-            panels_load_matrix(factor_p, p, item, n, padded, type_tag)
-            if p.covariance:
-                panels_cholesky(factor_p, t, padded)
-            for i in range(padded):
-                diagonal_p[i] = factor_p[element(i, i)]
-        panels_load_shift(shift, p, q, item, n, padded, type_tag)
+        fresh = item == first or not p.shared
+        rows_p = factor_of(&a, p, item, a.factor_p, a.diagonal_p, fresh, watch, type_tag)
+        if q != NULL:
+            fresh = item == first or not q.shared
+            rows_q = factor_of(&a, q, item, a.factor_q, a.diagonal_q, fresh, watch, type_tag)
+            reciprocals(a.diagonal_q, a.reciprocal, n)
+        if watch.stop:
+            break
+        load_shift(a.shift, p, q, item, n, type_tag)
         if q == NULL:
-            panels_whiten_standard(factor_p, shift, padded, t, &squares)
+            squares = whiten_standard(rows_p.data, rows_p.stride, a.shift, n, a.t)
         else:
-            panels_whiten(factor_p, factor_q, shift, reciprocal, scratch, padded, t, &squares)
-        kl = panels_divergence(diagonal_p, diagonal_q, t, squares, padded)
-        if not isfinite(kl):
-            status |= settle(&kl, panels_improper(diagonal_p, diagonal_q, n), p, q, item, n,
+            following = item + 1 if item + 1 < last and n <= AHEAD else -1
+            squares = whiten(&a, rows_p, rows_q, p, q, following, watch, type_tag)
+        kl = divergence(a.diagonal_p, a.diagonal_q, a.t, squares, n)
+        if not isfinite(kl) and not watch.stop:
+            status |= settle(&kl, panels_improper(a.diagonal_p, a.diagonal_q, n), p, q, item, n,
                              type_tag)
         (<real *> (out + item * out_outer))[0] = <real> kl
-    free(memory)
+    free(a.memory)
     return status
 
 
 cdef inline int mvn_rows(const Batch *batch, npy_intp first, npy_intp last, bint cov_p, bint cov_q,
-                         bint standard_q, real type_tag) noexcept nogil:
+                         bint standard_q, Watch *watch, real type_tag) noexcept nogil:
     """KL of the items first .. last - 1; `type_tag` only chooses the type. Returns status bits."""
     cdef npy_intp n = batch.core[0]
     cdef Side p = side(batch, 0, cov_p), q
@@ -331,17 +546,9 @@ cdef inline int mvn_rows(const Batch *batch, npy_intp first, npy_intp last, bint
     if not standard_q:
         q = side(batch, 1, cov_q)
         other = &q
-    cdef npy_intp alone = last - first
-    cdef int status = 0
-    if n <= LANES_LIMIT:
-        alone %= LANES
-        if n < PANELS_START or 2 * alone > LANES:
-            alone = 0
-    if alone < last - first:
-        status |= lanes_rows(batch, first, last - alone, &p, other, n, type_tag)
-    if alone > 0:
-        status |= panels_rows(batch, last - alone, last, &p, other, n, type_tag)
-    return status
+    if n <= (LANES_FROM_COVARIANCES if cov_p or cov_q else LANES_FROM_FACTORS):
+        return lanes_rows(batch, first, last, &p, other, n, type_tag)
+    return panels_rows(batch, first, last, &p, other, n, watch, type_tag)
 
 
 # The kernel that the gufuncs carry.
@@ -349,21 +556,22 @@ cdef inline int mvn_rows(const Batch *batch, npy_intp first, npy_intp last, bint
 cdef inline Plan plan_mvn(const Batch *batch, const Kernel *kernel) noexcept nogil:
     cdef Plan plan
     cdef double n = batch.core[0]
+    cdef bint covariances = kernel.options[0] or kernel.options[1]
     cdef bint shared = not kernel.options[2] and batch.outer[3] == 0
-    plan.row_ns = 20 + n * (3 + n * (0.9 + 0.03 * n))
+    plan.row_ns = 20 + n * (3 + n * (0.9 + (0.03 if covariances else 0.008) * n))
     plan.setup_ns = 0.4 * plan.row_ns if shared else 0.0
-    plan.group = LANES if n <= LANES_LIMIT else 1
-    plan.splits_rows = False
+    plan.group = LANES if n <= LANES_FROM_COVARIANCES else 1
+    plan.splits_rows = True
     return plan
 
 
 cdef inline int mvn_rows_f32(const Batch *batch, npy_intp first, npy_intp last,
                              const Kernel *kernel, Watch *watch) noexcept nogil:
     return mvn_rows(batch, first, last, kernel.options[0], kernel.options[1], kernel.options[2],
-                    <float> 0)
+                    watch, <float> 0)
 
 
 cdef inline int mvn_rows_f64(const Batch *batch, npy_intp first, npy_intp last,
                              const Kernel *kernel, Watch *watch) noexcept nogil:
     return mvn_rows(batch, first, last, kernel.options[0], kernel.options[1], kernel.options[2],
-                    <double> 0)
+                    watch, <double> 0)
