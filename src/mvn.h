@@ -70,6 +70,12 @@ static inline double mvn_reciprocal(double y) {
     return inverse < DBL_MAX ? inverse : DBL_MAX;
 }
 
+MVN_INLINE mvn_vec mvn_finite(mvn_vec inverse) {
+    mvn_vec most = (mvn_vec){0} + DBL_MAX;
+    mvn_bits less = (mvn_bits)(inverse < most);
+    return (mvn_vec)(((mvn_bits)inverse & less) | ((mvn_bits)most & ~less));
+}
+
 /* The power of two, -200, 0 or 200, that brings a positive x away from both ends of the range. */
 static inline double mvn_inward(double x) {
     double up = x < 0x1p-900 ? 200.0 : 0.0, down = x > 0x1p900 ? 200.0 : 0.0;
@@ -98,6 +104,178 @@ static inline void mvn_minus_log1p_each(
         double smaller = x[i] < y[i] ? x[i] : y[i];
         t[i] = smaller > 0.0 ? term : NAN;
     }
+}
+
+/* ---- small ----------------------------------------------------------------------------------- */
+
+/* Up to SMALL rows: a kernel for each number of rows, in which all loops over rows are unrolled.
+ * LANES items side by side are a group, lower triangles are packed; BUNDLE groups share one loop
+ * over logarithms, so that the processor has something to do while it waits for divisions. */
+#define MVN_SMALL 8
+#define MVN_SMALL_TRIANGLE (MVN_SMALL * (MVN_SMALL + 1) / 2)
+#define MVN_BUNDLE 8
+
+typedef struct {            /* one distribution of every item: addresses, and strides in bytes */
+    char *loc;
+    ptrdiff_t loc_outer, loc_inner;
+    char *matrix;
+    ptrdiff_t matrix_outer, row, column;
+    int covariance, shared; /* shared: the same matrix for every item */
+} mvn_side;
+
+typedef struct { mvn_vec l[MVN_SMALL_TRIANGLE], reciprocal[MVN_SMALL]; } mvn_small_factor;
+
+/* What a bundle leaves: per group, row and lane L_p,ii, L_q,ii and y_i; the squares per group. */
+typedef struct {
+    double x[MVN_BUNDLE * MVN_SMALL * MVN_LANES], y[MVN_BUNDLE * MVN_SMALL * MVN_LANES];
+    double t[MVN_BUNDLE * MVN_SMALL * MVN_LANES], kl[MVN_BUNDLE * MVN_LANES];
+} mvn_bundle;
+
+/* LANES numbers that lie `step` bytes apart. */
+#if MVN_LANES == 8
+#define MVN_SPREAD(real) (mvn_vec){ \
+    MVN_STEP(real, 0), MVN_STEP(real, 1), MVN_STEP(real, 2), MVN_STEP(real, 3), \
+    MVN_STEP(real, 4), MVN_STEP(real, 5), MVN_STEP(real, 6), MVN_STEP(real, 7)}
+#elif MVN_LANES == 4
+#define MVN_SPREAD(real) (mvn_vec){ \
+    MVN_STEP(real, 0), MVN_STEP(real, 1), MVN_STEP(real, 2), MVN_STEP(real, 3)}
+#else
+#define MVN_SPREAD(real) (mvn_vec){MVN_STEP(real, 0), MVN_STEP(real, 1)}
+#endif
+#define MVN_STEP(real, lane) *(const real *)(at + (lane) * step)
+MVN_INLINE mvn_vec mvn_spread(const char *at, ptrdiff_t step, int single) {
+    return single ? MVN_SPREAD(float) : MVN_SPREAD(double);
+}
+
+#define MVN_EACH(i, begin, end) MVN_UNROLL for (int i = begin; i < (end); i++)
+#define MVN_TRIANGLE(i, j) ((i) * ((i) + 1) / 2 + (j))
+
+/* L <- the factor of S = L L^T, and the reciprocals of its diagonal. */
+MVN_INLINE void mvn_small_cholesky(mvn_vec *l, mvn_vec *reciprocal, const int n) {
+    MVN_EACH(j, 0, n) {
+        mvn_vec *row = l + MVN_TRIANGLE(j, 0);
+        MVN_EACH(k, 0, j) row[j] -= row[k] * row[k];
+        row[j] = mvn_sqrt(row[j]);
+        reciprocal[j] = 1.0 / row[j];
+        MVN_EACH(i, j + 1, n) {
+            mvn_vec *below = l + MVN_TRIANGLE(i, 0);
+            MVN_EACH(k, 0, j) below[j] -= below[k] * row[k];
+            below[j] *= reciprocal[j];
+        }
+    }
+}
+
+MVN_INLINE void mvn_small_load(
+    const mvn_side *s, ptrdiff_t item, ptrdiff_t wide, mvn_small_factor *factor, const int n,
+    const int single) {
+    const char *matrix = s->matrix + item * s->matrix_outer;
+    MVN_EACH(i, 0, n) {
+        MVN_EACH(j, 0, i + 1) {
+            factor->l[MVN_TRIANGLE(i, j)] =
+                mvn_spread(matrix + i * s->row + j * s->column, wide * s->matrix_outer, single);
+        }
+    }
+    if (s->covariance) {
+        mvn_small_cholesky(factor->l, factor->reciprocal, n);
+        return;
+    }
+    MVN_EACH(i, 0, n) {
+        mvn_vec inverse = 1.0 / factor->l[MVN_TRIANGLE(i, i)];
+        factor->reciprocal[i] = mvn_finite(inverse);
+    }
+}
+
+/* Asks for a group's matrices, if they lie side by side; beyond the last item it asks in vain. */
+MVN_INLINE void mvn_small_prefetch(const mvn_side *s, ptrdiff_t item) {
+    const char *matrix = s->matrix + item * s->matrix_outer;
+    if (s->matrix_outer > MVN_SMALL * MVN_SMALL * (ptrdiff_t)sizeof(double)) return;
+    for (ptrdiff_t at = 0; at < MVN_LANES * s->matrix_outer; at += 64) {
+        __builtin_prefetch(matrix + at, 0, 3);
+    }
+}
+
+/* One group; `q` is NULL for N(0, I). `wide`: 1, or 0 for one item in all lanes. */
+MVN_INLINE void mvn_small_group(
+    const mvn_side *p, const mvn_side *q, ptrdiff_t item, ptrdiff_t wide, mvn_small_factor *a,
+    mvn_small_factor *b, int load_p, int load_q, mvn_bundle *bundle, ptrdiff_t group, const int n,
+    const int single) {
+    mvn_vec *x = (mvn_vec *)bundle->x + group * n, *y = (mvn_vec *)bundle->y + group * n;
+    mvn_vec *t = (mvn_vec *)bundle->t + group * n, z[MVN_SMALL], squares[2] = {{0}, {0}};
+    if (load_p) mvn_small_load(p, item, wide, a, n, single);
+    if (load_q) mvn_small_load(q, item, wide, b, n, single);
+    MVN_EACH(i, 0, n) {
+        const char *at = p->loc + item * p->loc_outer + i * p->loc_inner;
+        z[i] = mvn_spread(at, wide * p->loc_outer, single);
+        x[i] = a->l[MVN_TRIANGLE(i, i)];
+    }
+    if (!q) {
+        MVN_EACH(i, 0, n) {
+            y[i] = mvn_ones();
+            t[i] = x[i] - y[i];
+            squares[0] += z[i] * z[i] + t[i] * t[i];
+            MVN_EACH(j, 0, i) squares[1] += a->l[MVN_TRIANGLE(i, j)] * a->l[MVN_TRIANGLE(i, j)];
+        }
+    } else {
+        mvn_vec column[MVN_SMALL];
+        MVN_EACH(i, 0, n) {
+            const char *at = q->loc + item * q->loc_outer + i * q->loc_inner;
+            const mvn_vec *row = b->l + MVN_TRIANGLE(i, 0);
+            z[i] -= mvn_spread(at, wide * q->loc_outer, single);
+            MVN_EACH(k, 0, i) z[i] -= row[k] * z[k];
+            z[i] *= b->reciprocal[i];
+            squares[0] += z[i] * z[i];
+            y[i] = row[i];
+        }
+        MVN_EACH(j, 0, n) {
+            MVN_EACH(i, j, n) {
+                const mvn_vec *row = b->l + MVN_TRIANGLE(i, 0);
+                column[i] = a->l[MVN_TRIANGLE(i, j)] - row[j];
+                MVN_EACH(k, j, i) column[i] -= row[k] * column[k];
+                column[i] *= b->reciprocal[i];
+                squares[1] += column[i] * column[i];
+            }
+            t[j] = column[j];
+        }
+    }
+    ((mvn_vec *)bundle->kl)[group] = 0.5 * (squares[0] + squares[1]);
+}
+
+/* `groups` groups from item `first` on; `fresh`: shared factors have not been loaded yet. */
+MVN_INLINE void mvn_small_bundle(
+    const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups, ptrdiff_t wide,
+    mvn_small_factor *a, mvn_small_factor *b, int fresh, mvn_bundle *bundle, const int n,
+    const int single) {
+    mvn_vec *kl = (mvn_vec *)bundle->kl, *t = (mvn_vec *)bundle->t;
+    for (ptrdiff_t group = 0; group < groups; group++) {
+        int begin = fresh && group == 0;
+        if (n > 3 && wide) {
+            mvn_small_prefetch(p, first + (group + 1) * MVN_LANES);
+            if (q) mvn_small_prefetch(q, first + (group + 1) * MVN_LANES);
+        }
+        mvn_small_group(p, q, first + group * (wide ? MVN_LANES : 1), wide, a, b,
+                        begin || !p->shared, q && (begin || !q->shared), bundle, group, n, single);
+    }
+    mvn_minus_log1p_each(bundle->x, bundle->y, bundle->t, groups * n * MVN_LANES);
+    for (ptrdiff_t group = 0; group < groups; group++) {
+        MVN_EACH(i, 0, n) kl[group] += t[group * n + i];
+    }
+}
+
+#define MVN_SMALL_CASE(n, single) case n: \
+    mvn_small_bundle(p, q, first, groups, wide, a, b, fresh, bundle, n, single); break;
+#define MVN_SMALL_CASES(single) switch (n) { \
+    MVN_SMALL_CASE(1, single) MVN_SMALL_CASE(2, single) MVN_SMALL_CASE(3, single) \
+    MVN_SMALL_CASE(4, single) MVN_SMALL_CASE(5, single) MVN_SMALL_CASE(6, single) \
+    MVN_SMALL_CASE(7, single) MVN_SMALL_CASE(8, single) }
+static void mvn_small_f32(
+    const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups, ptrdiff_t wide,
+    mvn_small_factor *a, mvn_small_factor *b, int fresh, mvn_bundle *bundle, ptrdiff_t n) {
+    MVN_SMALL_CASES(1)
+}
+static void mvn_small_f64(
+    const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups, ptrdiff_t wide,
+    mvn_small_factor *a, mvn_small_factor *b, int fresh, mvn_bundle *bundle, ptrdiff_t n) {
+    MVN_SMALL_CASES(0)
 }
 
 /* ---- lanes ---------------------------------------------------------------------------------- */
@@ -502,7 +680,7 @@ static inline void mvn_reciprocals(const double *y, double *inverse, ptrdiff_t n
 static inline void mvn_prefetch(
     const char *matrix, ptrdiff_t row, ptrdiff_t size, ptrdiff_t first, ptrdiff_t last) {
     for (ptrdiff_t i = first; i < last; i++) {
-        for (ptrdiff_t at = 0; at <= i * size; at += 64) __builtin_prefetch(matrix + i * row + at, 0, 3);
+        for (ptrdiff_t at = 0; at <= i * size; at += 64) __builtin_prefetch(matrix + i * row + at, 0, 2);
     }
 }
 

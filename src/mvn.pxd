@@ -36,6 +36,28 @@ cdef extern from "mvn.h" nogil:
         ROWS "MVN_ROWS"
         COLUMNS "MVN_COLUMNS"
         DEPTH "MVN_DEPTH"
+        SMALL "MVN_SMALL"
+        SMALL_TRIANGLE "MVN_SMALL_TRIANGLE"
+        BUNDLE "MVN_BUNDLE"
+    ctypedef struct Side "mvn_side":  # one distribution of every item: addresses, strides in bytes
+        char *loc
+        npy_intp loc_outer, loc_inner
+        char *matrix
+        npy_intp matrix_outer, row, column
+        bint covariance
+        bint shared
+    ctypedef struct SmallFactor "mvn_small_factor":
+        pass
+    ctypedef struct Bundle "mvn_bundle":
+        double *x
+        double *y
+        double *kl
+    void small_f32 "mvn_small_f32"(
+        const Side *p, const Side *q, npy_intp first, npy_intp groups, npy_intp wide,
+        SmallFactor *a, SmallFactor *b, bint fresh, Bundle *bundle, npy_intp n)
+    void small_f64 "mvn_small_f64"(
+        const Side *p, const Side *q, npy_intp first, npy_intp groups, npy_intp wide,
+        SmallFactor *a, SmallFactor *b, bint fresh, Bundle *bundle, npy_intp n)
     vec gather_f32 "mvn_gather_f32"(char *const *at, npy_intp offset)
     vec gather_f64 "mvn_gather_f64"(char *const *at, npy_intp offset)
     vec ones "mvn_ones"()
@@ -83,22 +105,12 @@ cdef extern from "mvn.h" nogil:
 cdef enum:
     MOST_LANES = 8
     MOST_ROWS = 16
-    LANES_FROM_FACTORS = 4
+    LANES_FROM_FACTORS = 10
     LANES_FROM_COVARIANCES = 24
     BLOCK = 8        # least panels of a covariance that threads share before they are factorised
     MOST_TOGETHER = 8    # panels that are solved together
     LARGE = 128      # rows from which on signals are looked for within a matrix
     AHEAD = 160      # rows up to which the next item is asked for: the cache holds both
-
-ctypedef struct Side:
-    # One of the two distributions of every item: addresses and strides in bytes.
-    char *loc
-    npy_intp loc_outer, loc_inner
-    char *matrix
-    npy_intp matrix_outer, row, column
-    bint covariance
-    bint shared             # the same matrix for every item
-
 
 cdef inline Side side(const Batch *batch, int which, bint covariance) noexcept nogil:
     cdef Side s
@@ -148,6 +160,47 @@ cdef inline double *aligned(void *memory) noexcept nogil:
     return <double *> ((<uintptr_t> memory + 63) // 64 * 64)
 
 
+cdef inline bint lanes_improper(const double *x, const double *y, npy_intp lane,
+                                npy_intp n) noexcept nogil:
+    """Whether a diagonal element of either factor of an item is not positive."""
+    cdef npy_intp i
+    for i in range(n):
+        if not (x[i * LANES + lane] > 0 and y[i * LANES + lane] > 0):
+            return True
+    return False
+
+
+# ---- small: a kernel for each number of rows up to SMALL --------------------------------------
+
+cdef inline int small_rows(const Batch *batch, npy_intp first, npy_intp last, const Side *p,
+                           const Side *q, npy_intp n, real type_tag) noexcept nogil:
+    cdef SmallFactor factor_p, factor_q
+    cdef Bundle bundle
+    cdef char *out = batch.operands[2 if q == NULL else 4]
+    cdef npy_intp out_outer = batch.outer[2 if q == NULL else 4]
+    cdef npy_intp item = first, groups, count, i, wide, width, place
+    cdef double kl
+    cdef int status = 0
+    while item < last:
+        wide = last - item >= LANES  # else one item in all lanes, which share its group
+        width = LANES if wide else 1
+        groups = min(<npy_intp> BUNDLE, (last - item) // width)
+        if real is float:
+            small_f32(p, q, item, groups, wide, &factor_p, &factor_q, item == first, &bundle, n)
+        else:
+            small_f64(p, q, item, groups, wide, &factor_p, &factor_q, item == first, &bundle, n)
+        for i in range(groups * width):
+            place = i if wide else i * LANES
+            kl = bundle.kl[place]
+            if not isfinite(kl):
+                place = place // LANES * n * LANES + place % LANES
+                status |= settle(&kl, lanes_improper(bundle.x, bundle.y, place, n), p, q, item + i,
+                                 n, type_tag)
+            (<real *> (out + (item + i) * out_outer))[0] = <real> kl
+        item += groups * width
+    return status
+
+
 # ---- lanes: matrices of up to LANES_LIMIT rows, LANES items side by side ----------------------
 
 cdef inline vec gather(char *const *at, npy_intp offset, real type_tag) noexcept nogil:
@@ -180,16 +233,6 @@ cdef inline void lanes_load(vec *a, const Side *s, npy_intp first, npy_intp last
     if n % 2 == 1:
         memset(a + n * stride, 0, (n + 1) * sizeof(vec))
         a[n * stride + n + 1] = ones()
-
-
-cdef inline bint lanes_improper(const double *x, const double *y, npy_intp lane,
-                                npy_intp n) noexcept nogil:
-    """Whether a diagonal element of either factor of an item is not positive."""
-    cdef npy_intp i
-    for i in range(n):
-        if not (x[i * LANES + lane] > 0 and y[i * LANES + lane] > 0):
-            return True
-    return False
 
 
 cdef inline int lanes_rows(const Batch *batch, npy_intp first, npy_intp last, const Side *p,
@@ -546,6 +589,8 @@ cdef inline int mvn_rows(const Batch *batch, npy_intp first, npy_intp last, bint
     if not standard_q:
         q = side(batch, 1, cov_q)
         other = &q
+    if 0 < n <= SMALL:
+        return small_rows(batch, first, last, &p, other, n, type_tag)
     if n <= (LANES_FROM_COVARIANCES if cov_p or cov_q else LANES_FROM_FACTORS):
         return lanes_rows(batch, first, last, &p, other, n, type_tag)
     return panels_rows(batch, first, last, &p, other, n, watch, type_tag)
