@@ -29,9 +29,9 @@ cdef enum:
     NO_MEMORY = 2  # status bit: scratch memory could not be had
 
 # Waking a sleeping team costs 30 to 80 us: a call below SERIAL_NS stays on its thread, and no
-# thread gets less than SHARE_NS. A task is long enough to hide its handing out and what it prepares,
-# and short enough to look for signals between two. A row of LONG_NS or more is not left to one
-# thread: the calling one, which alone looks for signals, could wait for it in vain.
+# thread gets less than SHARE_NS. A task is long enough to hide its handing out and what it
+# prepares, and short enough to look for signals between two. A row of LONG_NS or more is not left
+# to one thread: the calling one, which alone looks for signals, could wait for it in vain.
 cdef enum:
     SERIAL_NS = 200_000
     SHARE_NS = 50_000

@@ -1,10 +1,11 @@
 /* Cholesky factors and triangular solves for mvn.pxd: the two things that take the time.
  *
- * Lanes: for small matrices, LANES items side by side, one vector for each matrix element.
- * Panels: for large ones, one item at a time, rows in panels of ROWS, each panel by columns.
+ * Small: up to SMALL rows, LANES items side by side, a kernel for each number of rows.
+ * Lanes: the same for more rows, one vector for each matrix element.
+ * Panels: for large matrices, one item at a time, rows in panels of ROWS, each panel by columns.
  *
- * Both are left-looking: a tile of the result collects its sum over all finished columns in
- * registers, is divided by the diagonal block and written once. Only lower triangles are used.
+ * All are left-looking: a tile of the result collects its sum over all finished columns in
+ * registers, is divided by the diagonal block and written. Only lower triangles are used.
  * Vectors are GCC's and Clang's generic ones, as wide as the instruction set's own.
  */
 #ifndef KLFAST_MVN_H
@@ -406,95 +407,61 @@ MVN_INLINE void mvn_lanes_divergence(
 /* ---- panels ---------------------------------------------------------------------------------- */
 
 /* One matrix at a time. A factor L lies in memory row after row, `stride` elements apart. The solve
- * takes Y^T = (L_p - L_q)^T L_q^-T in panels of ROWS rows, each stored by columns: vectors run along
- * a row of L_p - L_q as it lies in memory, and L_q is only broadcast. The first panel holds columns
- * 0 .. ROWS - 2 of L_p - L_q and, last, mu_p - mu_q; the others ROWS columns each. Columns are
- * solved COLUMNS at a time; in place of the rows of L that are missing stand `zeros`. */
-
-typedef struct { mvn_vec sum[MVN_COLUMNS][MVN_VECTORS]; } mvn_tile;  /* ROWS by COLUMNS */
-
-typedef struct { const double *row[MVN_COLUMNS]; } mvn_strip;  /* COLUMNS rows of L */
-
-MVN_INLINE mvn_strip mvn_rows_of(
-    const double *l, ptrdiff_t stride, ptrdiff_t j, ptrdiff_t n, const double *zeros) {
-    mvn_strip strip;
-    MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
-        strip.row[c] = j + c < n ? l + (j + c) * stride : zeros;
-    }
-    return strip;
-}
-
-/* Columns j .. j + COLUMNS - 1 of x, minus sum_k x[k] l[c][k] over begin <= k < end. */
-MVN_INLINE mvn_tile mvn_tile_subtract(
-    const double *x, mvn_strip l, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t j) {
-    const mvn_vec *column = (const mvn_vec *)x;
-    mvn_tile tile;
-    MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
-        MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
-            tile.sum[c][v] = column[(j + c) * MVN_VECTORS + v];
-        }
-    }
-    for (ptrdiff_t k = begin; k < end; k++) {
-        MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
-            MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
-                tile.sum[c][v] -= column[k * MVN_VECTORS + v] * l.row[c][k];
-            }
-        }
-    }
-    return tile;
-}
-
-/* One tile of X <- X L^-T, when all columns left of `begin` are subtracted; adds the squares of what
- * is found to `squares`. */
-MVN_INLINE void mvn_tile_solve(
-    double *x, mvn_strip l, const double *reciprocal, ptrdiff_t begin, ptrdiff_t j,
-    mvn_vec *squares) {
-    mvn_vec *column = (mvn_vec *)x;
-    mvn_tile tile = mvn_tile_subtract(x, l, begin, j, j);
-    MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
-        MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
-            MVN_UNROLL for (int k = 0; k < c; k++) {
-                tile.sum[c][v] -= tile.sum[k][v] * l.row[c][j + k];
-            }
-            tile.sum[c][v] *= reciprocal[j + c];
-            column[(j + c) * MVN_VECTORS + v] = tile.sum[c][v];
-            squares[v] += tile.sum[c][v] * tile.sum[c][v];
-        }
-    }
-}
-
-MVN_INLINE void mvn_tile_update(
-    double *x, mvn_strip l, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t j) {
-    mvn_vec *column = (mvn_vec *)x;
-    mvn_tile tile = mvn_tile_subtract(x, l, begin, end, j);
-    MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
-        MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
-            column[(j + c) * MVN_VECTORS + v] = tile.sum[c][v];
-        }
-    }
-}
+ * takes Y^T = (L_p - L_q)^T L_q^-T in panels of ROWS rows, each stored by columns: vectors run
+ * along a row of L_p - L_q as it lies in memory, and elements of L_q are broadcast. The first panel
+ * ends with mu_p - mu_q and begins with columns of L_p - L_q; the others hold ROWS columns each.
+ * Columns are solved COLUMNS at a time; in place of missing rows of L stand `zeros`. */
 
 MVN_INLINE ptrdiff_t mvn_least(ptrdiff_t x, ptrdiff_t y) { return x < y ? x : y; }
 MVN_INLINE ptrdiff_t mvn_most(ptrdiff_t x, ptrdiff_t y) { return x > y ? x : y; }
 
-/* One step of X <- X L^-T for `panels` panels of X, `size` apart, panel g being 0 left of
- * begin + g step: solves for the columns `block` .. `block` + DEPTH - 1 from `first` on, subtracts
- * what they contribute to the columns up to `last`, and adds their squares to `squares`. The caches
- * hold a block; each sum runs in one order. `n` is how many rows L has. */
-static inline void mvn_panels_solve(
-    double *x, ptrdiff_t size, ptrdiff_t panels, const double *factor, ptrdiff_t stride,
-    ptrdiff_t n, const double *zeros, const double *reciprocal, ptrdiff_t begin, ptrdiff_t step,
-    ptrdiff_t block, ptrdiff_t first, ptrdiff_t last, double *squares) {
-    ptrdiff_t end = mvn_least(block + MVN_DEPTH, last);
-    for (ptrdiff_t j = mvn_most(block, first); j < last; j += MVN_COLUMNS) {
-        mvn_strip l = mvn_rows_of(factor, stride, j, n, zeros);
-        for (ptrdiff_t g = 0; g < panels; g++) {
-            ptrdiff_t from = mvn_most(block, begin + g * step);
-            if (j < from) break;
-            if (j < end) mvn_tile_solve(x + g * size, l, reciprocal, from, j, (mvn_vec *)squares);
-            else mvn_tile_update(x + g * size, l, from, end, j);
+#define PANEL(name) mvn_##name##_f64
+#define PANEL_REAL double
+#define PANEL_BITS int64_t
+#define PANEL_SHARE 1
+#define PANEL_LANES MVN_LANES
+#define PANEL_EXTRA 1
+#include "mvn_panels.h"
+
+#define PANEL(name) mvn_##name##_f32
+#define PANEL_REAL float
+#define PANEL_BITS int32_t
+#define PANEL_SHARE 2
+#define PANEL_LANES (2 * MVN_LANES)
+#define PANEL_EXTRA 2
+#include "mvn_panels.h"
+
+/* The probe of a float32 solve: L times signs, +1 and -1, which the solve should find again. What
+ * it finds instead shows how L magnifies rounding errors. */
+MVN_INLINE float mvn_sign(ptrdiff_t i) {
+    return (float)(int)(((UINT64_C(0x9e3779b97f4a7c15) >> (i % 64)) & 1) * 2) - 1.0f;
+}
+static inline void mvn_probe(
+    const float *l, ptrdiff_t stride, ptrdiff_t n, float *signs, float *probe) {
+    for (ptrdiff_t i = 0; i < n; i++) signs[i] = mvn_sign(i);
+    for (ptrdiff_t i = 0; i < n; i++) {
+        const float *row = l + i * stride;
+        mvn_vec_f32 sums = {0};
+        double sum = 0.0;
+        ptrdiff_t j = 0;
+        for (; j + 2 * MVN_LANES <= i + 1; j += 2 * MVN_LANES) {
+            sums += *(const mvn_loose_f32 *)(row + j) * *(const mvn_loose_f32 *)(signs + j);
         }
+        for (; j <= i; j++) sum += row[j] * signs[j];
+        for (int lane = 0; lane < 2 * MVN_LANES; lane++) sum += sums[lane];
+        probe[i] = (float)sum;
     }
+}
+
+/* The mean square of what the probe in the first panel misses by. */
+static inline double mvn_probe_error(const float *x, const float *signs, ptrdiff_t n) {
+    const ptrdiff_t rows = 2 * MVN_ROWS;
+    double sum = 0.0;
+    for (ptrdiff_t k = 0; k < n; k++) {
+        double error = (double)x[k * rows + rows - 2] - signs[k];
+        sum += error * error;
+    }
+    return sum / (double)n;
 }
 
 /* The diagonal block of the panel of a covariance that begins at row i, when all to its left is
@@ -503,7 +470,7 @@ static inline void mvn_panel_factor(double *x, double *reciprocal, ptrdiff_t i) 
     mvn_vec *column = (mvn_vec *)x;
     MVN_UNROLL for (int block = 0; block < MVN_ROWS; block += MVN_COLUMNS) {
         ptrdiff_t j = i + block;
-        mvn_tile tile;
+        mvn_tile_f64 tile;
         MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
             MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
                 tile.sum[c][v] = column[(j + c) * MVN_VECTORS + v];
@@ -566,88 +533,9 @@ static inline void mvn_panel_store(
     }
 }
 
-/* All bits set, then none: which columns of a row reach the diagonal. */
-static const int64_t mvn_reach[2 * MVN_ROWS] = {
-#if MVN_ROWS >= 16
-    -1, -1, -1, -1, -1, -1, -1, -1,
-#endif
-#if MVN_ROWS >= 8
-    -1, -1, -1, -1,
-#endif
-    -1, -1, -1, -1};
-
-/* Rows first .. last - 1 of the panel of L_p - L_q that begins at its column `start`. */
-MVN_INLINE void mvn_panel_difference(
-    double *x, const double *p, ptrdiff_t stride_p, const double *q, ptrdiff_t stride_q,
-    const double *shift, ptrdiff_t start, ptrdiff_t n, ptrdiff_t first, ptrdiff_t last) {
-    mvn_vec *column = (mvn_vec *)x;
-    ptrdiff_t k = first, diagonal = mvn_least(start + MVN_ROWS, last);
-    int whole = start + MVN_ROWS <= n;  /* rows reach that far: what is right of the diagonal, too */
-    for (; k < mvn_least(start, last); k++) {
-        MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) column[k * MVN_VECTORS + v] = (mvn_vec){0};
-    }
-    for (; k < diagonal; k++) {
-        const double *row_p = p + k * stride_p + start, *row_q = q + k * stride_q + start;
-        if (whole) {
-            const int64_t *reach = mvn_reach + MVN_ROWS - 1 - (k - start);
-            MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
-                mvn_bits mask = *(const mvn_loose_bits *)(reach + v * MVN_LANES);
-                mvn_vec difference = *(const mvn_loose *)(row_p + v * MVN_LANES)
-                    - *(const mvn_loose *)(row_q + v * MVN_LANES);
-                column[k * MVN_VECTORS + v] = (mvn_vec)((mvn_bits)difference & mask);
-            }
-        } else {
-            for (ptrdiff_t r = 0; r < MVN_ROWS; r++) {
-                x[k * MVN_ROWS + r] = start + r <= k ? row_p[r] - row_q[r] : 0.0;
-            }
-        }
-    }
-    for (; k < last; k++) {
-        const double *row_p = p + k * stride_p + start, *row_q = q + k * stride_q + start;
-        MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
-            column[k * MVN_VECTORS + v] = *(const mvn_loose *)(row_p + v * MVN_LANES)
-                - *(const mvn_loose *)(row_q + v * MVN_LANES);
-        }
-    }
-    if (start == 0) {
-        for (k = first; k < last; k++) x[k * MVN_ROWS + MVN_ROWS - 1] = shift[k];
-    }
-}
-
-/* `panels` panels of L_p - L_q from number `index` on, followed by zeros up to row `padded`. */
-static inline void mvn_panels_differences(
-    double *x, const double *p, ptrdiff_t stride_p, const double *q, ptrdiff_t stride_q,
-    const double *shift, ptrdiff_t index, ptrdiff_t panels, ptrdiff_t n, ptrdiff_t padded,
-    ptrdiff_t size) {
-    const ptrdiff_t chunk = 32, begin = index * MVN_ROWS - MVN_COLUMNS;
-    for (ptrdiff_t first = mvn_most(begin, 0); first < n; first += chunk) {
-        ptrdiff_t last = mvn_least(first + chunk, n);
-        for (ptrdiff_t g = 0; g < panels; g++) {
-            ptrdiff_t start = mvn_most((index + g) * MVN_ROWS - 1, 0);
-            ptrdiff_t from = mvn_most(first, begin + g * MVN_ROWS);
-            if (from >= last) break;
-            mvn_panel_difference(
-                x + g * size, p, stride_p, q, stride_q, shift, start, n, from, last);
-        }
-    }
-    for (ptrdiff_t g = 0; g < panels; g++) {
-        double *rest = x + g * size;
-        for (ptrdiff_t k = n * MVN_ROWS; k < padded * MVN_ROWS; k++) rest[k] = 0.0;
-    }
-}
-
-/* The elements of diag(Y) in `panels` panels from number `index` on. */
-static inline void mvn_panels_diagonal(
-    const double *x, ptrdiff_t index, ptrdiff_t panels, ptrdiff_t n, ptrdiff_t size, double *t) {
-    for (ptrdiff_t g = index; g < index + panels; g++, x += size) {
-        ptrdiff_t start = mvn_most(g * MVN_ROWS - 1, 0), stop = mvn_least((g + 1) * MVN_ROWS - 1, n);
-        for (ptrdiff_t k = start; k < stop; k++) t[k] = x[k * MVN_ROWS + (k - start)];
-    }
-}
-
-/* For q = N(0, I), where Y = L_p - I: gives |Y|^2 + |mu_p|^2 and diag(Y). */
+/* For q = N(0, I), where Y = L_p - I: |Y|^2 + |mu_p|^2. */
 static inline double mvn_whiten_standard(
-    const double *p, ptrdiff_t stride, const double *shift, ptrdiff_t n, double *t) {
+    const double *p, ptrdiff_t stride, const double *shift, ptrdiff_t n) {
     mvn_vec sum = {0};
     double rest = 0.0;
     for (ptrdiff_t i = 0; i < n; i++) {
@@ -658,8 +546,8 @@ static inline double mvn_whiten_standard(
             sum += x * x;
         }
         for (; j < i; j++) rest += row[j] * row[j];
-        t[i] = row[i] - 1.0;
-        rest += t[i] * t[i] + shift[i] * shift[i];
+        double t = row[i] - 1.0;
+        rest += t * t + shift[i] * shift[i];
     }
     for (int lane = 0; lane < MVN_LANES; lane++) rest += sum[lane];
     return rest;
@@ -680,7 +568,8 @@ static inline void mvn_reciprocals(const double *y, double *inverse, ptrdiff_t n
 static inline void mvn_prefetch(
     const char *matrix, ptrdiff_t row, ptrdiff_t size, ptrdiff_t first, ptrdiff_t last) {
     for (ptrdiff_t i = first; i < last; i++) {
-        for (ptrdiff_t at = 0; at <= i * size; at += 64) __builtin_prefetch(matrix + i * row + at, 0, 2);
+        const char *begin = matrix + i * row;
+        for (ptrdiff_t at = 0; at <= i * size; at += 64) __builtin_prefetch(begin + at, 0, 2);
     }
 }
 

@@ -7,15 +7,19 @@ With S_p = L_p L_p^T, S_q = L_q L_q^T and Y = L_q^-1 (L_p - L_q), lower triangul
 a sum of terms >= 0: nothing cancels when P is close to Q, where L_p - L_q is exact while
 L_q^-1 L_p = I + Y would not be. No inverse and no determinant is formed.
 
-All arithmetic is double, for float32 too: a float32 solve would lose the condition number of L_q,
-and for small matrices loading is what costs. Largest relative error from factors up to D = 17:
-1e-13 (2e-15 seen), for float32 the rounding of the result; from covariances the Cholesky
-factorisation's own, about D eps cond(S), with the eps of double.
+Largest relative error from factors up to D = 17: 1e-13 (2e-15 seen), for float32 4e-6 (8e-7 seen);
+from covariances the Cholesky factorisation's own, about D eps cond(S), with the eps of double.
+
+float32 is computed in double from covariances, whose factorisation would lose digits, and below
+SINGLE rows, where loading is what costs. From there on factors are taken in float32: vectors hold
+twice as many numbers. The solve is accurate unless L_q magnifies rounding errors, which a probe
+shows: one more column, L_q s with signs s, is solved along. Where s is not found again to 16 units
+of 2^-24, the item is computed in double.
 
 Diagonal elements of L_q below 2^-1024 are good for equality, 0, but not for accuracy.
 
-Small matrices lie side by side, one in a SIMD lane each; large ones are taken one at a time, in
-panels of rows (mvn.h).
+Up to SMALL rows there is a kernel for each number of rows; then matrices lie side by side, one in
+a SIMD lane each; large ones are taken one at a time, in panels of rows (mvn.h).
 """
 
 from cython.parallel cimport prange
@@ -77,21 +81,30 @@ cdef extern from "mvn.h" nogil:
         double *x, char *const *at, npy_intp step, npy_intp count)
     void panel_load_f64 "mvn_panel_load_f64"(
         double *x, char *const *at, npy_intp step, npy_intp count)
-    void panels_solve "mvn_panels_solve"(
+    void panels_solve_f32 "mvn_panels_solve_f32"(
+        float *x, npy_intp size, npy_intp panels, const float *factor, npy_intp stride,
+        npy_intp n, const float *zeros, const float *reciprocal, npy_intp begin, npy_intp step,
+        npy_intp block, npy_intp first, npy_intp last, float *squares)
+    void panels_differences_f32 "mvn_panels_differences_f32"(
+        float *x, const float *p, npy_intp stride_p, const float *q, npy_intp stride_q,
+        const float *shift, const float *probe, npy_intp index, npy_intp panels, npy_intp n,
+        npy_intp padded, npy_intp size)
+    void panels_solve_f64 "mvn_panels_solve_f64"(
         double *x, npy_intp size, npy_intp panels, const double *factor, npy_intp stride,
         npy_intp n, const double *zeros, const double *reciprocal, npy_intp begin, npy_intp step,
         npy_intp block, npy_intp first, npy_intp last, double *squares)
+    void panels_differences_f64 "mvn_panels_differences_f64"(
+        double *x, const double *p, npy_intp stride_p, const double *q, npy_intp stride_q,
+        const double *shift, const double *probe, npy_intp index, npy_intp panels, npy_intp n,
+        npy_intp padded, npy_intp size)
+    void make_probe "mvn_probe"(
+        const float *l, npy_intp stride, npy_intp n, float *signs, float *probe)
+    double probe_error "mvn_probe_error"(const float *x, const float *signs, npy_intp n)
     void panel_factor "mvn_panel_factor"(double *x, double *reciprocal, npy_intp i)
     void panel_store "mvn_panel_store"(
         const double *x, double *rows, npy_intp stride, npy_intp first, npy_intp last)
-    void panels_differences "mvn_panels_differences"(
-        double *x, const double *p, npy_intp stride_p, const double *q, npy_intp stride_q,
-        const double *shift, npy_intp index, npy_intp panels, npy_intp n, npy_intp padded,
-        npy_intp size)
-    void panels_diagonal "mvn_panels_diagonal"(
-        const double *x, npy_intp index, npy_intp panels, npy_intp n, npy_intp size, double *t)
     double whiten_standard "mvn_whiten_standard"(
-        const double *p, npy_intp stride, const double *shift, npy_intp n, double *t)
+        const double *p, npy_intp stride, const double *shift, npy_intp n)
     void take_diagonal "mvn_diagonal"(
         const double *l, npy_intp stride, npy_intp n, double *diagonal)
     void reciprocals "mvn_reciprocals"(const double *y, double *inverse, npy_intp n)
@@ -100,15 +113,17 @@ cdef extern from "mvn.h" nogil:
     double divergence "mvn_divergence"(
         const double *x, const double *y, double *t, double squares, npy_intp n)
 
-# Up to so many rows, items in lanes are faster than one by one. The choice depends on nothing else:
-# an item's bits do not depend on its neighbours.
+# Up to so many rows, items in lanes are faster than one by one; a Cholesky factorisation waits for
+# one division after the other. An item's bits do not depend on its neighbours: its size and kind
+# alone choose the kernel.
 cdef enum:
     MOST_LANES = 8
-    MOST_ROWS = 16
+    MOST_ROWS = 32
     LANES_FROM_FACTORS = 10
     LANES_FROM_COVARIANCES = 24
     BLOCK = 8        # least panels of a covariance that threads share before they are factorised
     MOST_TOGETHER = 8    # panels that are solved together
+    SINGLE = 32      # rows from which on float32 pays, where it is exact enough
     LARGE = 128      # rows from which on signals are looked for within a matrix
     AHEAD = 160      # rows up to which the next item is asked for: the cache holds both
 
@@ -300,11 +315,15 @@ ctypedef struct Rows:
     const double *data
     npy_intp stride
 
+ctypedef struct Rows32:
+    const float *data
+    npy_intp stride
+
 ctypedef struct Panels:
     # Scratch of one thread, or of several that share a matrix. The arrays have `padded` elements.
     void *memory
     npy_intp n, padded       # rows, and rows up to a whole panel
-    npy_intp size            # of a panel and the squares behind it
+    npy_intp size            # of a panel in double, and squares behind it
     npy_intp together        # panels that are solved together
     npy_intp block           # panels of a covariance between two factorisations
     npy_intp stride          # from one row to the next of a factor that is not read in place
@@ -318,25 +337,30 @@ ctypedef struct Panels:
     double *t
     double *zeros
     double *squares          # one for panels solved together
+    float *shift_single      # the same for a solve in float32
+    float *reciprocal_single
+    float *signs
+    float *probe
+    double *missed           # mean square of what the probe misses by
 
 
 cdef inline bint in_place(const Side *s, real type_tag) noexcept nogil:
-    """Whether a factor can be read where it lies."""
-    return (real is double and not s.covariance and s.column == sizeof(double)
-            and s.row % <npy_intp> sizeof(double) == 0)
+    """Whether a factor can be read where it lies, as numbers of its type."""
+    return (not s.covariance and s.column == sizeof(real)
+            and s.row % <npy_intp> sizeof(real) == 0)
 
 
 cdef inline bint panels_new(Panels *a, npy_intp n, bint copy_p, bint copy_q, bint covariances,
                             int threads) noexcept nogil:
     """Room for the panels that `threads` threads have at hand, and for factors to be copied."""
     cdef npy_intp padded = (n + ROWS - 1) // ROWS * ROWS, stride = padded + ROWS, i
-    cdef npy_intp square = padded * stride, size = (padded + 1) * ROWS, panels
+    cdef npy_intp square = padded * stride, size = (padded + 2) * ROWS, panels
     a.together = max(<npy_intp> 2, min(<npy_intp> MOST_TOGETHER, n // 512 * 2))
     a.block = max(<npy_intp> BLOCK, padded // ROWS // 32 * 2)
     panels = threads * a.together
     if covariances:
         panels = max(panels, a.block)
-    cdef npy_intp length = (copy_p + copy_q) * square + panels * size + 7 * padded + ROWS
+    cdef npy_intp length = (copy_p + copy_q) * square + panels * size + 9 * padded + 2 * ROWS
     a.memory = malloc(length * sizeof(double) + 64)
     if a.memory == NULL:
         return False
@@ -348,12 +372,17 @@ cdef inline bint panels_new(Panels *a, npy_intp n, bint copy_p, bint copy_q, bin
     a.t = a.shift + padded
     a.zeros = a.t + padded
     a.squares = a.zeros + padded
-    a.x = a.squares + padded + ROWS
+    a.shift_single = <float *> (a.squares + padded)
+    a.reciprocal_single = a.shift_single + padded
+    a.signs = a.reciprocal_single + padded
+    a.probe = a.signs + padded
+    a.missed = <double *> (a.probe + padded)
+    a.x = a.missed + 2 * ROWS
     a.factor_p = a.x + panels * size
     a.factor_q = a.factor_p + copy_p * square
     for i in range(padded):
         a.diagonal_q[i] = 1.0
-        a.reciprocal[i] = 1.0
+        a.reciprocal[i] = a.reciprocal_single[i] = 1.0
         a.zeros[i] = 0.0
     return True
 
@@ -383,60 +412,73 @@ cdef inline void cholesky_load(const Panels *a, const Side *s, npy_intp item, do
             x[(i + r) * ROWS + r] = 1.0
 
 
-cdef inline void solve(const Panels *a, double *x, npy_intp panels, Rows factor, npy_intp n,
-                       npy_intp begin, npy_intp step, npy_intp first, npy_intp last,
+cdef inline npy_intp rows_of(real type_tag) noexcept nogil:
+    """How many rows a panel has: vectors hold twice as many floats."""
+    return ROWS if real is double else 2 * ROWS
+
+
+cdef inline void solve(const Panels *a, real *x, npy_intp panels, const real *factor,
+                       npy_intp stride, npy_intp n, const real *reciprocal, npy_intp begin,
+                       npy_intp step, npy_intp first, npy_intp last, double *squares,
                        Watch *watch) noexcept nogil:
     """X <- X L^-T in the columns first .. last - 1 of some panels; panel g is 0 left of
-    begin + g step. Leaves the sums of the squares of the rows in what follows the first panel."""
-    cdef npy_intp block, r
-    cdef double *squares = x + a.padded * ROWS
-    for r in range(ROWS):
-        squares[r] = 0.0
+    begin + g step. Adds to `squares` the squares of the first panel's rows, then of the others'."""
+    cdef npy_intp rows = rows_of(<real> 0), size = rows * (a.padded + 2), block, r
+    cdef real *sums = x + rows * a.padded
     for block from max(begin, 0) // DEPTH * DEPTH <= block < last by DEPTH:
         if a.n >= LARGE:
             look_for_signals(watch)
             if watch.stop:
                 return
-        panels_solve(x, a.size, panels, factor.data, factor.stride, n, a.zeros, a.reciprocal, begin,
-                     step, block, first, last, squares)
+        for r in range(2 * rows):
+            sums[r] = 0
+        if real is float:
+            panels_solve_f32(x, size, panels, factor, stride, n, <const float *> a.zeros,
+                             reciprocal, begin, step, block, first, last, sums)
+        else:
+            panels_solve_f64(x, size, panels, factor, stride, n, a.zeros, reciprocal, begin, step,
+                             block, first, last, sums)
+        for r in range(2 * rows):
+            squares[r] += sums[r]
 
 
-cdef inline void cholesky_begin(const Panels *a, const Side *s, npy_intp item, Rows factor,
+cdef inline void cholesky_begin(const Panels *a, const Side *s, npy_intp item, double *factor,
                                 npy_intp done, npy_intp index, npy_intp panels, Watch *watch,
                                 real type_tag) noexcept nogil:
     """Some panels of the block that starts at row `done`, without what is above the block."""
+    cdef double squares[2 * MOST_ROWS]
     cdef npy_intp i
     if watch.stop:
         return
     for i in range(index, index + panels):
         cholesky_load(a, s, item, a.x + i * a.size, done + i * ROWS, type_tag)
-    solve(a, a.x + index * a.size, panels, factor, done, 0, 0, 0, done, watch)
+    solve(a, a.x + index * a.size, panels, factor, a.stride, done, a.reciprocal, 0, 0, 0, done,
+          squares, watch)
 
 
 cdef inline void cholesky(const Panels *a, const Side *s, npy_intp item, double *factor,
                           Watch *watch, real type_tag) noexcept nogil:
     """The factor of a covariance. Threads share the panels of a block up to its first column;
     the block's own triangle is one thread's. Whatever the threads, every sum runs in one order."""
-    cdef Rows rows
     cdef npy_intp done, index, count, share, i
     cdef double *x
-    rows.data, rows.stride = factor, a.stride
+    cdef double squares[2 * MOST_ROWS]
     for done from 0 <= done < a.padded by a.block * ROWS:
         count = min(a.block, (a.padded - done) // ROWS)
         if watch.threads > 1 and done > 0:
             share = max(<npy_intp> 1, min(a.together, count // watch.threads))
             for index in prange((count + share - 1) // share, num_threads=watch.threads,
                                 schedule="dynamic"):
-                cholesky_begin(a, s, item, rows, done, index * share,
+                cholesky_begin(a, s, item, factor, done, index * share,
                                min(share, count - index * share), watch, type_tag)
         else:
             for index from 0 <= index < count by MOST_TOGETHER:
-                cholesky_begin(a, s, item, rows, done, index,
+                cholesky_begin(a, s, item, factor, done, index,
                                min(<npy_intp> MOST_TOGETHER, count - index), watch, type_tag)
         for index in range(count):
             i = done + index * ROWS
             x = a.x + index * a.size
-            solve(a, x, 1, rows, i, 0, 0, done, i, watch)
+            solve(a, x, 1, factor, a.stride, i, a.reciprocal, 0, 0, done, i, squares, watch)
             if watch.stop:
                 return
             panel_factor(x, a.reciprocal, i)
@@ -462,7 +504,7 @@ cdef inline Rows factor_of(const Panels *a, const Side *s, npy_intp item, double
                            real type_tag) noexcept nogil:
     """One side's factor and its diagonal; not `fresh`: those of the item before."""
     cdef Rows rows
-    if in_place(s, type_tag):
+    if real is double and in_place(s, type_tag):
         rows.data = <const double *> (s.matrix + item * s.matrix_outer)
         rows.stride = s.row // <npy_intp> sizeof(double)
     else:
@@ -474,6 +516,14 @@ cdef inline Rows factor_of(const Panels *a, const Side *s, npy_intp item, double
     if fresh and not watch.stop:
         take_diagonal(rows.data, rows.stride, a.n, diagonal)
     return rows
+
+
+cdef inline void load_diagonal(double *diagonal, const Side *s, npy_intp item, npy_intp n,
+                               real type_tag) noexcept nogil:
+    cdef char *matrix = s.matrix + item * s.matrix_outer
+    cdef npy_intp i
+    for i in range(n):
+        diagonal[i] = (<real *> (matrix + i * (s.row + s.column)))[0]
 
 
 cdef inline void load_shift(double *shift, const Side *p, const Side *q, npy_intp item,
@@ -493,45 +543,107 @@ cdef inline void prefetch_rows(const Side *s, npy_intp item, npy_intp first, npy
         prefetch(s.matrix + item * s.matrix_outer, s.row, sizeof(real), first, last)
 
 
-cdef inline double whiten_some(const Panels *a, Rows p, Rows q, npy_intp index, double *x,
+cdef inline double whiten_some(const Panels *a, const real *p, npy_intp stride_p, const real *q,
+                               npy_intp stride_q, npy_intp index, npy_intp slot,
                                Watch *watch) noexcept nogil:
-    """The squares of some panels of [z | Y]^T from number `index` on; diag(Y) goes to a.t."""
-    cdef npy_intp n = a.n, panels = min(a.together, n // ROWS + 1 - index), r
-    cdef npy_intp padded = (n + COLUMNS - 1) // COLUMNS * COLUMNS, begin = index * ROWS - COLUMNS
-    cdef double squares = 0.0
+    """The squares of some panels of [z | Y]^T from number `index` on, computed in place `slot`."""
+    cdef npy_intp rows = rows_of(<real> 0), n = a.n, extra = 1 if real is double else 2, r
+    cdef npy_intp panels = min(a.together, (n + extra - 1) // rows + 1 - index)
+    cdef npy_intp padded = (n + COLUMNS - 1) // COLUMNS * COLUMNS, begin = index * rows - COLUMNS
+    cdef npy_intp first = max(begin, <npy_intp> 0), size = rows * (a.padded + 2)
+    cdef real *x = <real *> (a.x + slot * a.together * a.size)
+    cdef double squares[2 * MOST_ROWS]
+    cdef double total = 0.0
     if watch.stop:
         return 0.0
-    panels_differences(x, p.data, p.stride, q.data, q.stride, a.shift, index, panels, n, padded,
-                       a.size)
-    solve(a, x, panels, q, n, begin, ROWS, max(begin, <npy_intp> 0), padded, watch)
-    panels_diagonal(x, index, panels, n, a.size, a.t)
-    for r in range(ROWS):
-        squares += x[a.padded * ROWS + r]
-    return squares
+    for r in range(2 * rows):
+        squares[r] = 0.0
+    if real is float:
+        panels_differences_f32(x, p, stride_p, q, stride_q, a.shift_single, a.probe, index, panels,
+                               n, padded, size)
+        solve(a, x, panels, q, stride_q, n, a.reciprocal_single, begin, rows, first, padded,
+              squares, watch)
+        if index == 0:
+            a.missed[0] = probe_error(x, a.signs, n)
+            squares[rows - 2] = 0.0
+    else:
+        panels_differences_f64(x, p, stride_p, q, stride_q, a.shift, NULL, index, panels, n, padded,
+                               size)
+        solve(a, x, panels, q, stride_q, n, a.reciprocal, begin, rows, first, padded, squares,
+              watch)
+    for r in range(2 * rows):
+        total += squares[r]
+    return total
 
 
-cdef inline double whiten(const Panels *a, Rows p, Rows q, const Side *side_p, const Side *side_q,
-                          npy_intp following, Watch *watch, real type_tag) noexcept nogil:
-    """|z|^2 + |Y|^2 where [z | Y] = L_q^-1 ([mu_p | L_p] - [mu_q | L_q]); diag(Y) goes to a.t.
-    Threads share the panels. The matrices of the item `following` (negative: none) are asked for
-    along the way."""
-    cdef npy_intp step = a.together * ROWS, groups = a.n // step + 1, index, last
+# By how much the mean square root a float32 solve may miss its probe, in units of 2^-24.
+cdef enum:
+    PROBE_ULPS = 16
+
+
+cdef inline bint found(const Panels *a) noexcept nogil:
+    """Whether rounding errors stay small: the solve found the probe again."""
+    return a.missed[0] <= (PROBE_ULPS * 2.0 ** -24) ** 2
+
+
+cdef inline double whiten(const Panels *a, const real *p, npy_intp stride_p, const real *q,
+                          npy_intp stride_q, const Side *side_p, const Side *side_q,
+                          npy_intp following, Watch *watch) noexcept nogil:
+    """|z|^2 + |Y|^2 where [z | Y] = L_q^-1 ([mu_p | L_p] - [mu_q | L_q]). Threads share the panels.
+    The matrices of the item `following` (negative: none) are asked for along the way."""
+    cdef npy_intp extra = 1 if real is double else 2, step = a.together * rows_of(<real> 0)
+    cdef npy_intp groups = (a.n + extra - 1) // step + 1, index, last
     cdef double squares = 0.0
     if watch.threads > 1:
         for index in prange(groups, num_threads=watch.threads, schedule="dynamic"):
-            a.squares[index] = whiten_some(
-                a, p, q, index * a.together,
-                a.x + omp_get_thread_num() * a.together * a.size, watch)
+            a.squares[index] = whiten_some(a, p, stride_p, q, stride_q, index * a.together,
+                                           omp_get_thread_num(), watch)
     else:
         for index in range(groups):
-            a.squares[index] = whiten_some(a, p, q, index * a.together, a.x, watch)
+            a.squares[index] = whiten_some(a, p, stride_p, q, stride_q, index * a.together, 0,
+                                           watch)
             if following >= 0:
                 last = min((index + 1) * step, a.n)
-                prefetch_rows(side_p, following, index * step, last, type_tag)
-                prefetch_rows(side_q, following, index * step, last, type_tag)
+                prefetch_rows(side_p, following, index * step, last, <real> 0)
+                prefetch_rows(side_q, following, index * step, last, <real> 0)
+            if real is float and not found(a):
+                return NAN
     for index in range(groups):
         squares += a.squares[index]
     return squares
+
+
+cdef inline Rows32 single_factor(const Panels *a, const Side *s, npy_intp item,
+                                 float *factor) noexcept nogil:
+    """A factor in float32: where it lies, or a copy."""
+    cdef Rows32 rows
+    cdef npy_intp i, j
+    cdef char *row
+    if in_place(s, <float> 0):
+        rows.data = <const float *> (s.matrix + item * s.matrix_outer)
+        rows.stride = s.row // <npy_intp> sizeof(float)
+        return rows
+    rows.data, rows.stride = factor, a.stride
+    for i in range(a.n):
+        row = s.matrix + item * s.matrix_outer + i * s.row
+        for j in range(i + 1):
+            factor[i * a.stride + j] = (<float *> (row + j * s.column))[0]
+    return rows
+
+
+cdef inline bint whiten_single(const Panels *a, const Side *p, const Side *q, npy_intp item,
+                               npy_intp following, Watch *watch, double *squares) noexcept nogil:
+    """`whiten` of float32 factors in float32; whether the result can be trusted."""
+    cdef Rows32 rows_p = single_factor(a, p, item, <float *> a.factor_p)
+    cdef Rows32 rows_q = single_factor(a, q, item, <float *> a.factor_q)
+    cdef npy_intp i
+    for i in range(a.n):
+        a.shift_single[i] = <float> a.shift[i]
+        a.reciprocal_single[i] = <float> a.reciprocal[i]
+    make_probe(rows_q.data, rows_q.stride, a.n, a.signs, a.probe)
+    squares[0] = whiten(a, rows_p.data, rows_p.stride, rows_q.data, rows_q.stride, p, q, following,
+                        watch)
+    return found(a) and 1e-30 < squares[0] < 1e30
 
 
 cdef inline bint panels_improper(const double *x, const double *y, npy_intp n) noexcept nogil:
@@ -545,34 +657,46 @@ cdef inline bint panels_improper(const double *x, const double *y, npy_intp n) n
 cdef inline int panels_rows(const Batch *batch, npy_intp first, npy_intp last, const Side *p,
                             const Side *q, npy_intp n, Watch *watch,
                             real type_tag) noexcept nogil:
-    cdef bint copy_p = not in_place(p, type_tag), copy_q = q != NULL and not in_place(q, type_tag)
     cdef bint covariances = p.covariance or (q != NULL and q.covariance)
+    cdef bint single = real is float and n >= SINGLE and not covariances and q != NULL
+    cdef bint copy_p = real is float or not in_place(p, type_tag)
+    cdef bint copy_q = q != NULL and (real is float or not in_place(q, type_tag))
     cdef Panels a
     cdef Rows rows_p, rows_q
     cdef double squares, kl
     cdef char *out = batch.operands[2 if q == NULL else 4]
-    cdef npy_intp out_outer = batch.outer[2 if q == NULL else 4], item, following
-    cdef bint fresh
+    cdef npy_intp out_outer = batch.outer[2 if q == NULL else 4], item, following, i
+    cdef bint fresh, trusted
     cdef int status = 0
     if not panels_new(&a, n, copy_p, copy_q, covariances, watch.threads):
         return NO_MEMORY
     for item in range(first, last):
-        fresh = item == first or not p.shared
-        rows_p = factor_of(&a, p, item, a.factor_p, a.diagonal_p, fresh, watch, type_tag)
-        if q != NULL:
-            fresh = item == first or not q.shared
-            rows_q = factor_of(&a, q, item, a.factor_q, a.diagonal_q, fresh, watch, type_tag)
+        following = item + 1 if item + 1 < last and n <= AHEAD else -1
+        load_shift(a.shift, p, q, item, n, type_tag)
+        trusted = False
+        if single:
+            load_diagonal(a.diagonal_p, p, item, n, type_tag)
+            load_diagonal(a.diagonal_q, q, item, n, type_tag)
             reciprocals(a.diagonal_q, a.reciprocal, n)
+            trusted = whiten_single(&a, p, q, item, following, watch, &squares)
+        if not trusted:
+            fresh = single or item == first or not p.shared
+            rows_p = factor_of(&a, p, item, a.factor_p, a.diagonal_p, fresh, watch, type_tag)
+            if q != NULL:
+                fresh = single or item == first or not q.shared
+                rows_q = factor_of(&a, q, item, a.factor_q, a.diagonal_q, fresh, watch, type_tag)
+            reciprocals(a.diagonal_q, a.reciprocal, n)
+            if q == NULL:
+                squares = whiten_standard(rows_p.data, rows_p.stride, a.shift, n)
+            else:
+                squares = whiten(&a, rows_p.data, rows_p.stride, rows_q.data, rows_q.stride, p, q,
+                                 following if real is double else -1, watch)
         if watch.stop:
             break
-        load_shift(a.shift, p, q, item, n, type_tag)
-        if q == NULL:
-            squares = whiten_standard(rows_p.data, rows_p.stride, a.shift, n, a.t)
-        else:
-            following = item + 1 if item + 1 < last and n <= AHEAD else -1
-            squares = whiten(&a, rows_p, rows_q, p, q, following, watch, type_tag)
+        for i in range(n):
+            a.t[i] = (a.diagonal_p[i] - a.diagonal_q[i]) * a.reciprocal[i]
         kl = divergence(a.diagonal_p, a.diagonal_q, a.t, squares, n)
-        if not isfinite(kl) and not watch.stop:
+        if not isfinite(kl):
             status |= settle(&kl, panels_improper(a.diagonal_p, a.diagonal_q, n), p, q, item, n,
                              type_tag)
         (<real *> (out + item * out_outer))[0] = <real> kl
