@@ -118,23 +118,24 @@ def kl_mvn(
         if any(is_lazy(x) for x in operands):
             _batch_shape(names, operands, out)
             return gufunc(*operands)
-    target = None
-    if out is not None:
-        target = check_out(out)
-        _batch_shape(names, operands, out)
+    target = None if out is None else check_out(out)
+    if errors == "nan" and target is not None:  # the gufunc would broadcast to a larger `out`
+        _batch_shape(names, operands, target)
     try:
         with np.errstate(invalid="ignore"):
             result = gufunc(*operands, out=target if errors == "nan" else None)
     except ValueError:
-        _batch_shape(names, operands, out)
+        _batch_shape(names, operands, target)
         raise
+    if target is not None and (target.shape != result.shape or target.dtype != result.dtype):
+        _batch_shape(names, operands, target)
     if result != result if result.ndim == 0 else np.isnan(result).any():
         _account_for_nan(gufunc, names, operands, np.asarray(result), errors)
     if target is None:
         return result
     if result is not target:
         target[...] = result
-    return out
+    return target
 
 
 def _kind(side: str, cov: Any, scale_tril: Any) -> tuple[str, Any]:

@@ -727,7 +727,7 @@ cdef inline Plan plan_mvn(const Batch *batch, const Kernel *kernel) noexcept nog
     cdef double n = batch.core[0]
     cdef bint covariances = kernel.options[0] or kernel.options[1]
     cdef bint shared = not kernel.options[2] and batch.outer[3] == 0
-    plan.row_ns = 20 + n * (3 + n * (0.9 + (0.03 if covariances else 0.008) * n))
+    plan.row_ns = 5 + n * (3 + n * (0.9 + (0.03 if covariances else 0.008) * n))
     plan.setup_ns = 0.4 * plan.row_ns if shared else 0.0
     plan.group = LANES if n <= LANES_FROM_COVARIANCES else 1
     plan.splits_rows = True
