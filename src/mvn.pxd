@@ -356,7 +356,7 @@ cdef inline bint panels_new(Panels *a, npy_intp n, bint copy_p, bint copy_q, bin
     cdef npy_intp padded = (n + ROWS - 1) // ROWS * ROWS, stride = padded + ROWS, i
     cdef npy_intp square = padded * stride, size = (padded + 2) * ROWS, panels
     a.together = max(<npy_intp> 2, min(<npy_intp> MOST_TOGETHER, n // 512 * 2))
-    a.block = max(<npy_intp> BLOCK, padded // ROWS // 32 * 2)
+    a.block = max(<npy_intp> BLOCK, padded // ROWS // 8)
     panels = threads * a.together
     if covariances:
         panels = max(panels, a.block)
