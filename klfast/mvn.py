@@ -13,7 +13,16 @@ from klfast._arguments import as_array, check_out, common_dtype, is_lazy, only_o
 
 __all__ = ["kl_mvn"]
 
-KINDS = {"cov": "cov", "scale_tril": "tril"}  # keyword: part of the gufunc's name
+FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+KEYWORDS = {"cov": "cov", "tril": "scale_tril"}  # part of a gufunc's name: of its arguments'
+GUFUNCS = {  # kind of P and of Q: gufunc and names of its arguments
+    (p, q): (
+        _kernels.gufuncs[f"mvn_{p}_{q}"],
+        ("loc_p", f"{KEYWORDS[p]}_p") + (() if q == "standard" else ("loc_q", f"{KEYWORDS[q]}_q")),
+    )
+    for p in KEYWORDS
+    for q in (*KEYWORDS, "standard")
+}
 
 
 def kl_mvn(
@@ -91,47 +100,68 @@ def kl_mvn(
     """
     if errors not in ("raise", "nan"):
         raise ValueError(f"errors must be 'raise' or 'nan', got {errors!r}")
-    kind_p, matrix_p = only_one("p", cov=cov_p, scale_tril=scale_tril_p)
-    arrays = {"loc_p": loc_p, f"{kind_p}_p": matrix_p}
-    kind_q = None
+    kind_p, matrix_p = _kind("p", cov_p, scale_tril_p)
+    kind_q = "standard"
+    operands = [loc_p, matrix_p]
     if loc_q is not None:
-        kind_q, matrix_q = only_one("q", cov=cov_q, scale_tril=scale_tril_q)
-        arrays |= {"loc_q": loc_q, f"{kind_q}_q": matrix_q}
+        kind_q, matrix_q = _kind("q", cov_q, scale_tril_q)
+        operands += [loc_q, matrix_q]
     elif cov_q is not None or scale_tril_q is not None:
         raise TypeError("loc_q is missing: give it with its covariance, or leave q out for N(0, I)")
-    operands = _operands(arrays)
+    gufunc, names = GUFUNCS[kind_p, kind_q]
+    dtype = getattr(loc_p, "dtype", None)
+    common = dtype is FLOAT64 or dtype is FLOAT32
+    for x in operands:
+        common = common and type(x) is np.ndarray and x.dtype is dtype
+    if not common:
+        operands = _operands(names, operands)
+        if any(is_lazy(x) for x in operands):
+            _batch_shape(names, operands, out)
+            return gufunc(*operands)
     target = None if out is None else check_out(out)
-    batch = _batch_shape(dict(zip(arrays, operands, strict=True)), out)
-    gufunc = _kernels.gufuncs[f"mvn_{KINDS[kind_p]}_{KINDS[kind_q] if kind_q else 'standard'}"]
-    if any(is_lazy(x) for x in operands):
-        return gufunc(*operands)
-    scratch = target if errors == "nan" else None
-    with np.errstate(invalid="ignore"):
-        result = gufunc(*operands, out=scratch)
-    if np.isnan(result).any():
-        _account_for_nan(gufunc, list(arrays), operands, np.asarray(result), batch, errors)
+    if errors == "nan" and target is not None:  # the gufunc would broadcast to a larger `out`
+        _batch_shape(names, operands, target)
+    try:
+        with np.errstate(invalid="ignore"):
+            result = gufunc(*operands, out=target if errors == "nan" else None)
+    except ValueError:
+        _batch_shape(names, operands, target)
+        raise
+    if target is not None and (target.shape != result.shape or target.dtype != result.dtype):
+        _batch_shape(names, operands, target)
+    if result != result if result.ndim == 0 else np.isnan(result).any():
+        _account_for_nan(gufunc, names, operands, np.asarray(result), errors)
     if target is None:
         return result
-    if scratch is None:
+    if result is not target:
         target[...] = result
-    return out
+    return target
 
 
-def _operands(arrays: dict[str, Any]) -> list[Any]:
+def _kind(side: str, cov: Any, scale_tril: Any) -> tuple[str, Any]:
+    """What was given for a side, as in the gufunc's name, and its value."""
+    if scale_tril is None and cov is not None:
+        return "cov", cov
+    if cov is None and scale_tril is not None:
+        return "tril", scale_tril
+    return only_one(side, cov=cov, scale_tril=scale_tril)  # which refuses it
+
+
+def _operands(names: tuple[str, ...], operands: list[Any]) -> list[Any]:
     """All in float32 or float64."""
-    converted = [as_array(name, x) for name, x in arrays.items()]
+    converted = [as_array(name, x) for name, x in zip(names, operands, strict=True)]
     converted = [x if hasattr(x, "dtype") else np.asarray(x) for x in converted]
     dtype = common_dtype(converted)
-    if dtype != np.float64:
-        dtype = np.dtype(np.float32)
+    if dtype != FLOAT64:
+        dtype = FLOAT32
     return [x if x.dtype == dtype else x.astype(dtype) for x in converted]
 
 
-def _batch_shape(operands: dict[str, Any], out: Any) -> tuple[int, ...]:
+def _batch_shape(names: tuple[str, ...], operands: list[Any], out: Any) -> tuple[int, ...]:
     """The broadcast batch shape; ValueError that names the argument which does not fit."""
     size = None
     batches = []
-    for name, x in operands.items():
+    for name, x in zip(names, operands, strict=True):
         n_core = 1 if name.startswith("loc") else 2
         if x.ndim < n_core:
             wanted = "(..., D)" if n_core == 1 else "(..., D, D)"
@@ -147,9 +177,9 @@ def _batch_shape(operands: dict[str, Any], out: Any) -> tuple[int, ...]:
     try:
         batch = np.broadcast_shapes(*batches)
     except ValueError:
-        listed = ", ".join(f"{name} {x.shape}" for name, x in operands.items())
+        listed = ", ".join(f"{name} {x.shape}" for name, x in zip(names, operands, strict=True))
         raise ValueError(f"the batch axes of {listed} do not broadcast together") from None
-    dtype = next(iter(operands.values())).dtype
+    dtype = operands[0].dtype
     if out is not None and (out.shape != batch or not np.can_cast(dtype, out.dtype, "same_kind")):
         raise ValueError(
             f"out has shape {out.shape} and dtype {out.dtype}; wanted {batch} and {dtype}"
@@ -159,14 +189,14 @@ def _batch_shape(operands: dict[str, Any], out: Any) -> tuple[int, ...]:
 
 def _account_for_nan(
     gufunc: Callable[..., Any],
-    names: list[str],
+    names: tuple[str, ...],
     operands: list[Any],
     result: NDArray[Any],
-    batch: tuple[int, ...],
     errors: str,
 ) -> None:
     """LinAlgError for the first covariance that is not positive definite, or NumPy's "invalid"
     condition for the first other bad item. NaN among the input is nobody's error."""
+    batch = result.shape
     full = [
         np.broadcast_to(x, batch + x.shape[x.ndim - (1 if name.startswith("loc") else 2) :])
         for name, x in zip(names, operands, strict=True)

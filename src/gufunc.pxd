@@ -7,6 +7,7 @@ and a kernel that spreads one long row over threads cuts it into pieces of fixed
 """
 
 from cython.parallel cimport prange
+from libc.math cimport INFINITY
 from numpy cimport npy_intp
 
 cdef extern from "Python.h" nogil:
@@ -21,18 +22,21 @@ cdef extern from "threads.h" nogil:
     double seconds()
     int signal_raised()
     void report_status(int invalid)
+    void raise_memory_error()
 
 cdef enum:
     INVALID = 1    # status bit: a row came back NaN for a bad value that was not NaN itself
     NO_MEMORY = 2  # status bit: scratch memory could not be had
 
 # Waking a sleeping team costs 30 to 80 us: a call below SERIAL_NS stays on its thread, and no
-# thread gets less than SHARE_NS. A task is long enough to hide its handing out and short enough
-# to look for signals between two.
+# thread gets less than SHARE_NS. A task is long enough to hide its handing out and what it
+# prepares, and short enough to look for signals between two. A row of LONG_NS or more is not left
+# to one thread: the calling one, which alone looks for signals, could wait for it in vain.
 cdef enum:
     SERIAL_NS = 200_000
     SHARE_NS = 50_000
     TASK_NS = 500_000
+    LONG_NS = 50_000_000
 
 ctypedef struct Batch:
     npy_intp n             # rows
@@ -50,7 +54,7 @@ ctypedef struct Plan:
     double row_ns          # what one row takes on one thread, roughly
     double setup_ns        # what a task takes before its first row
     npy_intp group         # rows that are computed side by side
-    bint splits_rows       # the kernel itself can spread a row over threads
+    bint splits_rows       # the kernel itself can spread a row over threads, and looks for signals
 
 ctypedef struct Kernel:
     # rows first..last-1 of a batch; returns status bits
@@ -74,19 +78,27 @@ cdef inline int threads_worth(double nanoseconds) noexcept nogil:
     return <int> min(<double> thread_limit(), nanoseconds / SHARE_NS)
 
 
+cdef inline bint one_by_one(npy_intp n, Plan plan, int threads) noexcept nogil:
+    """Whether threads share each row instead of the batch: few rows do not go round evenly."""
+    return (plan.splits_rows and plan.row_ns > SERIAL_NS
+            and (n < 4 * threads or plan.row_ns > LONG_NS))
+
+
 cdef inline int run(const Batch *batch, npy_intp n, const Kernel *kernel, Plan plan) noexcept nogil:
     cdef double total = n * plan.row_ns
     cdef int threads = threads_worth(total), status = 0
     cdef Watch watch
-    watch.threads, watch.stop, watch.next_look = threads, False, 0.0
+    watch.threads, watch.stop, watch.next_look = threads, False, INFINITY
     if total < SERIAL_NS:
         return kernel.rows(batch, 0, n, kernel, &watch)
-    cdef double task_ns = max(min(<double> TASK_NS, total / threads), 4 * plan.setup_ns)
+    watch.next_look = seconds() + 0.05
+    cdef bint serial = threads == 1 or one_by_one(n, plan, threads)
+    cdef double share = total if serial else total / threads
+    cdef double task_ns = min(share, max(<double> TASK_NS, 50 * plan.setup_ns))
     cdef npy_intp length = <npy_intp> max(1.0, task_ns / plan.row_ns)
     length = (length + plan.group - 1) // plan.group * plan.group
     cdef npy_intp tasks = (n + length - 1) // length, task
-    watch.next_look = seconds() + 0.05
-    if threads == 1 or (plan.splits_rows and plan.row_ns > SERIAL_NS):
+    if serial:
         for task in range(tasks):
             look_for_signals(&watch)
             if watch.stop:
@@ -118,4 +130,6 @@ cdef inline void gufunc_loop(char **operands, const npy_intp *dimensions,
     cdef int status = run(&batch, n, kernel, plan)
     if released != NULL:
         PyEval_RestoreThread(released)
+    if status & NO_MEMORY:
+        raise_memory_error()
     report_status(status & INVALID)

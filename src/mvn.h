@@ -1,10 +1,11 @@
 /* Cholesky factors and triangular solves for mvn.pxd: the two things that take the time.
  *
- * Lanes: for small matrices, LANES items side by side, one vector for each matrix element.
- * Panels: for large ones, one item at a time, rows in panels of ROWS, each panel by columns.
+ * Small: up to SMALL rows, LANES items side by side, a kernel for each number of rows.
+ * Lanes: the same for more rows, one vector for each matrix element.
+ * Panels: for large matrices, one item at a time, rows in panels of ROWS, each panel by columns.
  *
- * Both are left-looking: a tile of the result collects its sum over all finished columns in
- * registers, is divided by the diagonal block and written once. Only lower triangles are used.
+ * All are left-looking: a tile of the result collects its sum over all finished columns in
+ * registers, is divided by the diagonal block and written. Only lower triangles are used.
  * Vectors are GCC's and Clang's generic ones, as wide as the instruction set's own.
  */
 #ifndef KLFAST_MVN_H
@@ -27,6 +28,7 @@
 #define MVN_VECTORS 2
 #define MVN_ROWS (MVN_VECTORS * MVN_LANES)
 #define MVN_COLUMNS 4
+#define MVN_DEPTH 256  /* columns: a block of a panel and a strip of a factor fit the first cache */
 
 #define MVN_INLINE static inline __attribute__((always_inline))
 #if defined(__clang__)
@@ -36,6 +38,9 @@
 #endif
 
 typedef double mvn_vec __attribute__((vector_size(8 * MVN_LANES), may_alias));
+typedef double mvn_loose __attribute__((vector_size(8 * MVN_LANES), may_alias, aligned(8)));
+typedef int64_t mvn_bits __attribute__((vector_size(8 * MVN_LANES), may_alias));
+typedef int64_t mvn_loose_bits __attribute__((vector_size(8 * MVN_LANES), may_alias, aligned(8)));
 
 MVN_INLINE mvn_vec mvn_ones(void) { return (mvn_vec){0} + 1.0; }
 
@@ -66,6 +71,12 @@ static inline double mvn_reciprocal(double y) {
     return inverse < DBL_MAX ? inverse : DBL_MAX;
 }
 
+MVN_INLINE mvn_vec mvn_finite(mvn_vec inverse) {
+    mvn_vec most = (mvn_vec){0} + DBL_MAX;
+    mvn_bits less = (mvn_bits)(inverse < most);
+    return (mvn_vec)(((mvn_bits)inverse & less) | ((mvn_bits)most & ~less));
+}
+
 /* The power of two, -200, 0 or 200, that brings a positive x away from both ends of the range. */
 static inline double mvn_inward(double x) {
     double up = x < 0x1p-900 ? 200.0 : 0.0, down = x > 0x1p900 ? 200.0 : 0.0;
@@ -94,6 +105,178 @@ static inline void mvn_minus_log1p_each(
         double smaller = x[i] < y[i] ? x[i] : y[i];
         t[i] = smaller > 0.0 ? term : NAN;
     }
+}
+
+/* ---- small ----------------------------------------------------------------------------------- */
+
+/* Up to SMALL rows: a kernel for each number of rows, in which all loops over rows are unrolled.
+ * LANES items side by side are a group, lower triangles are packed; BUNDLE groups share one loop
+ * over logarithms, so that the processor has something to do while it waits for divisions. */
+#define MVN_SMALL 8
+#define MVN_SMALL_TRIANGLE (MVN_SMALL * (MVN_SMALL + 1) / 2)
+#define MVN_BUNDLE 8
+
+typedef struct {            /* one distribution of every item: addresses, and strides in bytes */
+    char *loc;
+    ptrdiff_t loc_outer, loc_inner;
+    char *matrix;
+    ptrdiff_t matrix_outer, row, column;
+    int covariance, shared; /* shared: the same matrix for every item */
+} mvn_side;
+
+typedef struct { mvn_vec l[MVN_SMALL_TRIANGLE], reciprocal[MVN_SMALL]; } mvn_small_factor;
+
+/* What a bundle leaves: per group, row and lane L_p,ii, L_q,ii and y_i; the squares per group. */
+typedef struct {
+    double x[MVN_BUNDLE * MVN_SMALL * MVN_LANES], y[MVN_BUNDLE * MVN_SMALL * MVN_LANES];
+    double t[MVN_BUNDLE * MVN_SMALL * MVN_LANES], kl[MVN_BUNDLE * MVN_LANES];
+} mvn_bundle;
+
+/* LANES numbers that lie `step` bytes apart. */
+#if MVN_LANES == 8
+#define MVN_SPREAD(real) (mvn_vec){ \
+    MVN_STEP(real, 0), MVN_STEP(real, 1), MVN_STEP(real, 2), MVN_STEP(real, 3), \
+    MVN_STEP(real, 4), MVN_STEP(real, 5), MVN_STEP(real, 6), MVN_STEP(real, 7)}
+#elif MVN_LANES == 4
+#define MVN_SPREAD(real) (mvn_vec){ \
+    MVN_STEP(real, 0), MVN_STEP(real, 1), MVN_STEP(real, 2), MVN_STEP(real, 3)}
+#else
+#define MVN_SPREAD(real) (mvn_vec){MVN_STEP(real, 0), MVN_STEP(real, 1)}
+#endif
+#define MVN_STEP(real, lane) *(const real *)(at + (lane) * step)
+MVN_INLINE mvn_vec mvn_spread(const char *at, ptrdiff_t step, int single) {
+    return single ? MVN_SPREAD(float) : MVN_SPREAD(double);
+}
+
+#define MVN_EACH(i, begin, end) MVN_UNROLL for (int i = begin; i < (end); i++)
+#define MVN_TRIANGLE(i, j) ((i) * ((i) + 1) / 2 + (j))
+
+/* L <- the factor of S = L L^T, and the reciprocals of its diagonal. */
+MVN_INLINE void mvn_small_cholesky(mvn_vec *l, mvn_vec *reciprocal, const int n) {
+    MVN_EACH(j, 0, n) {
+        mvn_vec *row = l + MVN_TRIANGLE(j, 0);
+        MVN_EACH(k, 0, j) row[j] -= row[k] * row[k];
+        row[j] = mvn_sqrt(row[j]);
+        reciprocal[j] = 1.0 / row[j];
+        MVN_EACH(i, j + 1, n) {
+            mvn_vec *below = l + MVN_TRIANGLE(i, 0);
+            MVN_EACH(k, 0, j) below[j] -= below[k] * row[k];
+            below[j] *= reciprocal[j];
+        }
+    }
+}
+
+MVN_INLINE void mvn_small_load(
+    const mvn_side *s, ptrdiff_t item, ptrdiff_t wide, mvn_small_factor *factor, const int n,
+    const int single) {
+    const char *matrix = s->matrix + item * s->matrix_outer;
+    MVN_EACH(i, 0, n) {
+        MVN_EACH(j, 0, i + 1) {
+            factor->l[MVN_TRIANGLE(i, j)] =
+                mvn_spread(matrix + i * s->row + j * s->column, wide * s->matrix_outer, single);
+        }
+    }
+    if (s->covariance) {
+        mvn_small_cholesky(factor->l, factor->reciprocal, n);
+        return;
+    }
+    MVN_EACH(i, 0, n) {
+        mvn_vec inverse = 1.0 / factor->l[MVN_TRIANGLE(i, i)];
+        factor->reciprocal[i] = mvn_finite(inverse);
+    }
+}
+
+/* Asks for a group's matrices, if they lie side by side; beyond the last item it asks in vain. */
+MVN_INLINE void mvn_small_prefetch(const mvn_side *s, ptrdiff_t item) {
+    const char *matrix = s->matrix + item * s->matrix_outer;
+    if (s->matrix_outer > MVN_SMALL * MVN_SMALL * (ptrdiff_t)sizeof(double)) return;
+    for (ptrdiff_t at = 0; at < MVN_LANES * s->matrix_outer; at += 64) {
+        __builtin_prefetch(matrix + at, 0, 3);
+    }
+}
+
+/* One group; `q` is NULL for N(0, I). `wide`: 1, or 0 for one item in all lanes. */
+MVN_INLINE void mvn_small_group(
+    const mvn_side *p, const mvn_side *q, ptrdiff_t item, ptrdiff_t wide, mvn_small_factor *a,
+    mvn_small_factor *b, int load_p, int load_q, mvn_bundle *bundle, ptrdiff_t group, const int n,
+    const int single) {
+    mvn_vec *x = (mvn_vec *)bundle->x + group * n, *y = (mvn_vec *)bundle->y + group * n;
+    mvn_vec *t = (mvn_vec *)bundle->t + group * n, z[MVN_SMALL], squares[2] = {{0}, {0}};
+    if (load_p) mvn_small_load(p, item, wide, a, n, single);
+    if (load_q) mvn_small_load(q, item, wide, b, n, single);
+    MVN_EACH(i, 0, n) {
+        const char *at = p->loc + item * p->loc_outer + i * p->loc_inner;
+        z[i] = mvn_spread(at, wide * p->loc_outer, single);
+        x[i] = a->l[MVN_TRIANGLE(i, i)];
+    }
+    if (!q) {
+        MVN_EACH(i, 0, n) {
+            y[i] = mvn_ones();
+            t[i] = x[i] - y[i];
+            squares[0] += z[i] * z[i] + t[i] * t[i];
+            MVN_EACH(j, 0, i) squares[1] += a->l[MVN_TRIANGLE(i, j)] * a->l[MVN_TRIANGLE(i, j)];
+        }
+    } else {
+        mvn_vec column[MVN_SMALL];
+        MVN_EACH(i, 0, n) {
+            const char *at = q->loc + item * q->loc_outer + i * q->loc_inner;
+            const mvn_vec *row = b->l + MVN_TRIANGLE(i, 0);
+            z[i] -= mvn_spread(at, wide * q->loc_outer, single);
+            MVN_EACH(k, 0, i) z[i] -= row[k] * z[k];
+            z[i] *= b->reciprocal[i];
+            squares[0] += z[i] * z[i];
+            y[i] = row[i];
+        }
+        MVN_EACH(j, 0, n) {
+            MVN_EACH(i, j, n) {
+                const mvn_vec *row = b->l + MVN_TRIANGLE(i, 0);
+                column[i] = a->l[MVN_TRIANGLE(i, j)] - row[j];
+                MVN_EACH(k, j, i) column[i] -= row[k] * column[k];
+                column[i] *= b->reciprocal[i];
+                squares[1] += column[i] * column[i];
+            }
+            t[j] = column[j];
+        }
+    }
+    ((mvn_vec *)bundle->kl)[group] = 0.5 * (squares[0] + squares[1]);
+}
+
+/* `groups` groups from item `first` on; `fresh`: shared factors have not been loaded yet. */
+MVN_INLINE void mvn_small_bundle(
+    const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups, ptrdiff_t wide,
+    mvn_small_factor *a, mvn_small_factor *b, int fresh, mvn_bundle *bundle, const int n,
+    const int single) {
+    mvn_vec *kl = (mvn_vec *)bundle->kl, *t = (mvn_vec *)bundle->t;
+    for (ptrdiff_t group = 0; group < groups; group++) {
+        int begin = fresh && group == 0;
+        if (n > 3 && wide) {
+            mvn_small_prefetch(p, first + (group + 1) * MVN_LANES);
+            if (q) mvn_small_prefetch(q, first + (group + 1) * MVN_LANES);
+        }
+        mvn_small_group(p, q, first + group * (wide ? MVN_LANES : 1), wide, a, b,
+                        begin || !p->shared, q && (begin || !q->shared), bundle, group, n, single);
+    }
+    mvn_minus_log1p_each(bundle->x, bundle->y, bundle->t, groups * n * MVN_LANES);
+    for (ptrdiff_t group = 0; group < groups; group++) {
+        MVN_EACH(i, 0, n) kl[group] += t[group * n + i];
+    }
+}
+
+#define MVN_SMALL_CASE(n, single) case n: \
+    mvn_small_bundle(p, q, first, groups, wide, a, b, fresh, bundle, n, single); break;
+#define MVN_SMALL_CASES(single) switch (n) { \
+    MVN_SMALL_CASE(1, single) MVN_SMALL_CASE(2, single) MVN_SMALL_CASE(3, single) \
+    MVN_SMALL_CASE(4, single) MVN_SMALL_CASE(5, single) MVN_SMALL_CASE(6, single) \
+    MVN_SMALL_CASE(7, single) MVN_SMALL_CASE(8, single) }
+static void mvn_small_f32(
+    const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups, ptrdiff_t wide,
+    mvn_small_factor *a, mvn_small_factor *b, int fresh, mvn_bundle *bundle, ptrdiff_t n) {
+    MVN_SMALL_CASES(1)
+}
+static void mvn_small_f64(
+    const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups, ptrdiff_t wide,
+    mvn_small_factor *a, mvn_small_factor *b, int fresh, mvn_bundle *bundle, ptrdiff_t n) {
+    MVN_SMALL_CASES(0)
 }
 
 /* ---- lanes ---------------------------------------------------------------------------------- */
@@ -223,156 +406,175 @@ MVN_INLINE void mvn_lanes_divergence(
 
 /* ---- panels ---------------------------------------------------------------------------------- */
 
-/* One matrix of n rows, n a multiple of ROWS. The solve takes Y^T = (L_p - L_q)^T L_q^-T in the
- * same panels: row 0 of X is mu_p - mu_q; row m is column m - 1 of L_p - L_q and begins there. */
+/* One matrix at a time. A factor L lies in memory row after row, `stride` elements apart. The solve
+ * takes Y^T = (L_p - L_q)^T L_q^-T in panels of ROWS rows, each stored by columns: vectors run
+ * along a row of L_p - L_q as it lies in memory, and elements of L_q are broadcast. The first panel
+ * ends with mu_p - mu_q and begins with columns of L_p - L_q; the others hold ROWS columns each.
+ * Columns are solved COLUMNS at a time; in place of missing rows of L stand `zeros`. */
 
-/* Where the panel of rows i .. i + ROWS - 1 begins; it has columns 0 .. i + ROWS - 1. */
-MVN_INLINE ptrdiff_t mvn_panel(ptrdiff_t i) {
-    ptrdiff_t index = i / MVN_ROWS;
-    return MVN_ROWS * MVN_ROWS * (index * (index + 1) / 2);
+MVN_INLINE ptrdiff_t mvn_least(ptrdiff_t x, ptrdiff_t y) { return x < y ? x : y; }
+MVN_INLINE ptrdiff_t mvn_most(ptrdiff_t x, ptrdiff_t y) { return x > y ? x : y; }
+
+#define PANEL(name) mvn_##name##_f64
+#define PANEL_REAL double
+#define PANEL_BITS int64_t
+#define PANEL_SHARE 1
+#define PANEL_LANES MVN_LANES
+#define PANEL_EXTRA 1
+#include "mvn_panels.h"
+
+#define PANEL(name) mvn_##name##_f32
+#define PANEL_REAL float
+#define PANEL_BITS int32_t
+#define PANEL_SHARE 2
+#define PANEL_LANES (2 * MVN_LANES)
+#define PANEL_EXTRA 2
+#include "mvn_panels.h"
+
+/* The probe of a float32 solve: L times signs, +1 and -1, which the solve should find again. What
+ * it finds instead shows how L magnifies rounding errors. */
+MVN_INLINE float mvn_sign(ptrdiff_t i) {
+    return (float)(int)(((UINT64_C(0x9e3779b97f4a7c15) >> (i % 64)) & 1) * 2) - 1.0f;
 }
-
-/* Where element (i, j) is. */
-MVN_INLINE ptrdiff_t mvn_element(ptrdiff_t i, ptrdiff_t j) {
-    return mvn_panel(i) + j * MVN_ROWS + i % MVN_ROWS;
-}
-
-typedef struct { mvn_vec sum[MVN_COLUMNS][MVN_VECTORS]; } mvn_tile;  /* ROWS by COLUMNS */
-
-/* Columns j .. j + COLUMNS - 1 of x, minus sum_k x[k] l[k][c] over begin <= k < j. */
-MVN_INLINE mvn_tile mvn_panel_subtract(
-    const double *x, const double *l, ptrdiff_t begin, ptrdiff_t j) {
-    const mvn_vec *column = (const mvn_vec *)x;
-    mvn_tile tile;
-    MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
-        MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
-            tile.sum[c][v] = column[(j + c) * MVN_VECTORS + v];
+static inline void mvn_probe(
+    const float *l, ptrdiff_t stride, ptrdiff_t n, float *signs, float *probe) {
+    for (ptrdiff_t i = 0; i < n; i++) signs[i] = mvn_sign(i);
+    for (ptrdiff_t i = 0; i < n; i++) {
+        const float *row = l + i * stride;
+        mvn_vec_f32 sums = {0};
+        double sum = 0.0;
+        ptrdiff_t j = 0;
+        for (; j + 2 * MVN_LANES <= i + 1; j += 2 * MVN_LANES) {
+            sums += *(const mvn_loose_f32 *)(row + j) * *(const mvn_loose_f32 *)(signs + j);
         }
-    }
-    for (ptrdiff_t k = begin; k < j; k++) {
-        MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
-            MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
-                tile.sum[c][v] -= column[k * MVN_VECTORS + v] * l[k * MVN_ROWS + c];
-            }
-        }
-    }
-    return tile;
-}
-
-/* X <- X L^-T in the columns first .. last - 1 of one panel of X, which is 0 left of `begin`. */
-static inline void mvn_panel_solve(
-    double *x, const double *factor, const double *reciprocal,
-    ptrdiff_t begin, ptrdiff_t first, ptrdiff_t last) {
-    mvn_vec *column = (mvn_vec *)x;
-    for (ptrdiff_t j = first; j < last; j += MVN_COLUMNS) {
-        const double *l = factor + mvn_element(j, 0);
-        mvn_tile tile = mvn_panel_subtract(x, l, begin, j);
-        MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
-            MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
-                MVN_UNROLL for (int k = 0; k < c; k++) {
-                    tile.sum[c][v] -= tile.sum[k][v] * l[(j + k) * MVN_ROWS + c];
-                }
-                tile.sum[c][v] *= reciprocal[j + c];
-                column[(j + c) * MVN_VECTORS + v] = tile.sum[c][v];
-            }
-        }
+        for (; j <= i; j++) sum += row[j] * signs[j];
+        for (int lane = 0; lane < 2 * MVN_LANES; lane++) sum += sums[lane];
+        probe[i] = (float)sum;
     }
 }
 
-/* The diagonal block of the panel that begins at row i, when all to its left is done. */
+/* The mean square of what the probe in the first panel misses by. */
+static inline double mvn_probe_error(const float *x, const float *signs, ptrdiff_t n) {
+    const ptrdiff_t rows = 2 * MVN_ROWS;
+    double sum = 0.0;
+    for (ptrdiff_t k = 0; k < n; k++) {
+        double error = (double)x[k * rows + rows - 2] - signs[k];
+        sum += error * error;
+    }
+    return sum / (double)n;
+}
+
+/* The diagonal block of the panel of a covariance that begins at row i, when all to its left is
+ * done. Eliminates by L D L^T, whose pivots wait for one division each, and scales at the end. */
 static inline void mvn_panel_factor(double *x, double *reciprocal, ptrdiff_t i) {
     mvn_vec *column = (mvn_vec *)x;
-    for (ptrdiff_t j = i; j < i + MVN_ROWS; j += MVN_COLUMNS) {
-        const double *l = x + (j - i);
-        mvn_tile tile = mvn_panel_subtract(x, l, 0, j);
+    MVN_UNROLL for (int block = 0; block < MVN_ROWS; block += MVN_COLUMNS) {
+        ptrdiff_t j = i + block;
+        mvn_tile_f64 tile;
         MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
-            ptrdiff_t row = j - i + c;
-            double root = sqrt(tile.sum[c][row / MVN_LANES][row % MVN_LANES]);
-            reciprocal[j + c] = 1.0 / root;
             MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
-                tile.sum[c][v] *= reciprocal[j + c];
-                column[(j + c) * MVN_VECTORS + v] = tile.sum[c][v];
+                tile.sum[c][v] = column[(j + c) * MVN_VECTORS + v];
             }
-            x[(j + c) * MVN_ROWS + row] = root;
-            MVN_UNROLL for (int k = c + 1; k < MVN_COLUMNS; k++) {
+        }
+        for (ptrdiff_t k = 0; k < j; k++) {
+            MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
                 MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
-                    tile.sum[k][v] -= tile.sum[c][v] * l[(j + c) * MVN_ROWS + k];
+                    tile.sum[c][v] -= column[k * MVN_VECTORS + v] * x[k * MVN_ROWS + block + c];
                 }
             }
         }
-    }
-}
-
-/* a <- its Cholesky factor, with the reciprocals of the diagonal. n is a multiple of ROWS. */
-static inline void mvn_panels_cholesky(double *a, double *reciprocal, ptrdiff_t n) {
-    for (ptrdiff_t i = 0; i < n; i += MVN_ROWS) {
-        double *x = a + mvn_panel(i);
-        mvn_panel_solve(x, a, reciprocal, 0, 0, i);
-        mvn_panel_factor(x, reciprocal, i);
-    }
-}
-
-/* Rows m .. m + ROWS - 1 of X, from column `begin`; what lies beyond row n is 0. */
-static inline void mvn_panel_difference(
-    double *x, const double *p, const double *q, const double *shift,
-    ptrdiff_t m, ptrdiff_t begin, ptrdiff_t n) {
-    for (ptrdiff_t k = begin; k < n; k++) {
-        const double *row_p = p + mvn_element(k, 0), *row_q = q + mvn_element(k, 0);
-        for (ptrdiff_t r = 0; r < MVN_ROWS; r++) {
-            ptrdiff_t column = m + r - 1;
-            x[k * MVN_ROWS + r] = column > k ? 0.0
-                : column < 0 ? shift[k]
-                : row_p[column * MVN_ROWS] - row_q[column * MVN_ROWS];
-        }
-    }
-}
-
-/* `squares` = |L_q^-1 (mu_p - mu_q)|^2 + |Y|^2 and `t` = diag(Y); `x` is scratch for one panel. */
-static inline void mvn_panels_whiten(
-    const double *p, const double *q, const double *shift, const double *reciprocal,
-    double *x, ptrdiff_t n, double *t, double *squares) {
-    const mvn_vec *column = (const mvn_vec *)x;
-    mvn_vec sum[MVN_VECTORS] = {{0}};
-    for (ptrdiff_t m = 0; m <= n; m += MVN_ROWS) {
-        ptrdiff_t begin = m > 0 ? m - MVN_COLUMNS : 0;
-        mvn_panel_difference(x, p, q, shift, m, begin, n);
-        mvn_panel_solve(x, q, reciprocal, begin, begin, n);
-        for (ptrdiff_t k = begin; k < n; k++) {
-            MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
-                sum[v] += column[k * MVN_VECTORS + v] * column[k * MVN_VECTORS + v];
+        double pivot[MVN_COLUMNS];
+        MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
+            int row = block + c;
+            pivot[c] = tile.sum[c][row / MVN_LANES][row % MVN_LANES];
+            double inverse = 1.0 / pivot[c];
+            MVN_UNROLL for (int k = c + 1; k < MVN_COLUMNS; k++) {
+                int other = block + k;
+                double share = tile.sum[c][other / MVN_LANES][other % MVN_LANES] * inverse;
+                MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
+                    tile.sum[k][v] -= tile.sum[c][v] * share;
+                }
             }
         }
-        for (ptrdiff_t r = m == 0; r < MVN_ROWS && m + r <= n; r++) {
-            t[m + r - 1] = x[(m + r - 1) * MVN_ROWS + r];
+        MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
+            double root = sqrt(pivot[c]);
+            reciprocal[j + c] = 1.0 / root;
+            MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
+                column[(j + c) * MVN_VECTORS + v] = tile.sum[c][v] * reciprocal[j + c];
+            }
+            x[(j + c) * MVN_ROWS + block + c] = root;
         }
-    }
-    *squares = 0.0;
-    for (int v = 0; v < MVN_VECTORS; v++) {
-        for (int lane = 0; lane < MVN_LANES; lane++) *squares += sum[v][lane];
     }
 }
 
-/* The same for q = N(0, I), where Y = L_p - I. */
-static inline void mvn_panels_whiten_standard(
-    const double *p, const double *shift, ptrdiff_t n, double *t, double *squares) {
-    double sum[MVN_ROWS] = {0};
-    for (ptrdiff_t i = 0; i < n; i += MVN_ROWS) {
-        const double *x = p + mvn_panel(i);
-        for (ptrdiff_t k = 0; k < i; k++, x += MVN_ROWS) {
-            for (ptrdiff_t r = 0; r < MVN_ROWS; r++) sum[r] += x[r] * x[r];
-        }
-        for (ptrdiff_t k = i; k < i + MVN_ROWS; k++, x += MVN_ROWS) {
-            t[k] = x[k - i] - 1.0;
-            sum[k - i] += t[k] * t[k] + shift[k] * shift[k];
-            for (ptrdiff_t r = k - i + 1; r < MVN_ROWS; r++) sum[r] += x[r] * x[r];
+/* Columns 0 .. count - 1 of ROWS rows, which begin at `at` and have their elements `step` bytes
+ * apart, as a panel. */
+#define MVN_PANEL_LOAD(real) \
+    for (ptrdiff_t k = 0; k < count; k++) { \
+        MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) { \
+            char *const *row = at + v * MVN_LANES; \
+            ((mvn_vec *)x)[k * MVN_VECTORS + v] = mvn_gather_##real(row, k * step); \
+        } \
+    }
+static inline void mvn_panel_load_f32(
+    double *x, char *const *at, ptrdiff_t step, ptrdiff_t count) { MVN_PANEL_LOAD(f32) }
+static inline void mvn_panel_load_f64(
+    double *x, char *const *at, ptrdiff_t step, ptrdiff_t count) { MVN_PANEL_LOAD(f64) }
+
+/* Columns first .. last - 1 of a panel back to rows, `stride` apart; multiples of COLUMNS. */
+static inline void mvn_panel_store(
+    const double *x, double *rows, ptrdiff_t stride, ptrdiff_t first, ptrdiff_t last) {
+    for (ptrdiff_t k = first; k < last; k += MVN_COLUMNS) {
+        const double *block = x + k * MVN_ROWS;
+        for (int r = 0; r < MVN_ROWS; r++) {
+            double *row = rows + r * stride + k;
+            MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) row[c] = block[c * MVN_ROWS + r];
         }
     }
-    *squares = 0.0;
-    for (int r = 0; r < MVN_ROWS; r++) *squares += sum[r];
+}
+
+/* For q = N(0, I), where Y = L_p - I: |Y|^2 + |mu_p|^2. */
+static inline double mvn_whiten_standard(
+    const double *p, ptrdiff_t stride, const double *shift, ptrdiff_t n) {
+    mvn_vec sum = {0};
+    double rest = 0.0;
+    for (ptrdiff_t i = 0; i < n; i++) {
+        const double *row = p + i * stride;
+        ptrdiff_t j = 0;
+        for (; j + MVN_LANES <= i; j += MVN_LANES) {
+            mvn_vec x = *(const mvn_loose *)(row + j);
+            sum += x * x;
+        }
+        for (; j < i; j++) rest += row[j] * row[j];
+        double t = row[i] - 1.0;
+        rest += t * t + shift[i] * shift[i];
+    }
+    for (int lane = 0; lane < MVN_LANES; lane++) rest += sum[lane];
+    return rest;
+}
+
+/* The diagonal of L. */
+static inline void mvn_diagonal(
+    const double *l, ptrdiff_t stride, ptrdiff_t n, double *diagonal) {
+    for (ptrdiff_t i = 0; i < n; i++) diagonal[i] = l[i * (stride + 1)];
+}
+
+static inline void mvn_reciprocals(const double *y, double *inverse, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i++) inverse[i] = mvn_reciprocal(y[i]);
+}
+
+/* Asks for the lower triangle's rows first .. last - 1, `row` bytes apart, of elements of `size`
+ * bytes: processors do not foresee the way through a triangle. */
+static inline void mvn_prefetch(
+    const char *matrix, ptrdiff_t row, ptrdiff_t size, ptrdiff_t first, ptrdiff_t last) {
+    for (ptrdiff_t i = first; i < last; i++) {
+        const char *begin = matrix + i * row;
+        for (ptrdiff_t at = 0; at <= i * size; at += 64) __builtin_prefetch(begin + at, 0, 2);
+    }
 }
 
 /* 1/2 squares + sum_i (t_i - log1p(t_i)); x = L_p,ii, y = L_q,ii. Overwrites t. */
-static inline double mvn_panels_divergence(
+static inline double mvn_divergence(
     const double *x, const double *y, double *t, double squares, ptrdiff_t n) {
     double kl = 0.5 * squares;
     mvn_minus_log1p_each(x, y, t, n);

@@ -7,24 +7,30 @@ With S_p = L_p L_p^T, S_q = L_q L_q^T and Y = L_q^-1 (L_p - L_q), lower triangul
 a sum of terms >= 0: nothing cancels when P is close to Q, where L_p - L_q is exact while
 L_q^-1 L_p = I + Y would not be. No inverse and no determinant is formed.
 
-All arithmetic is double, for float32 too: a float32 solve would lose the condition number of L_q,
-and for small matrices loading is what costs. Largest relative error from factors up to D = 17:
-1e-13 (2e-15 seen), for float32 the rounding of the result; from covariances the Cholesky
-factorisation's own, about D eps cond(S), with the eps of double.
+Largest relative error from factors up to D = 17: 1e-13 (2e-15 seen), for float32 4e-6 (8e-7 seen);
+from covariances the Cholesky factorisation's own, about D eps cond(S), with the eps of double.
+
+float32 is computed in double from covariances, whose factorisation would lose digits, and below
+SINGLE rows, where loading is what costs. From there on factors are taken in float32: vectors hold
+twice as many numbers. The solve is accurate unless L_q magnifies rounding errors, which a probe
+shows: one more column, L_q s with signs s, is solved along. Where s is not found again to 16 units
+of 2^-24, the item is computed in double.
 
 Diagonal elements of L_q below 2^-1024 are good for equality, 0, but not for accuracy.
 
-Small matrices lie side by side, one in a SIMD lane each; large ones are taken one at a time, in
-panels of rows (mvn.h).
+Up to SMALL rows there is a kernel for each number of rows; then matrices lie side by side, one in
+a SIMD lane each; large ones are taken one at a time, in panels of rows (mvn.h).
 """
 
+from cython.parallel cimport prange
 from libc.math cimport INFINITY, NAN, isfinite, isinf, isnan
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 from numpy cimport npy_intp
 
-from gufunc cimport INVALID, NO_MEMORY, Batch, Kernel, Plan, Watch
+from gufunc cimport (
+    INVALID, NO_MEMORY, Batch, Kernel, Plan, Watch, look_for_signals, omp_get_thread_num)
 from vecmath cimport real
 
 cdef extern from "mvn.h" nogil:
@@ -32,6 +38,30 @@ cdef extern from "mvn.h" nogil:
     enum:
         LANES "MVN_LANES"
         ROWS "MVN_ROWS"
+        COLUMNS "MVN_COLUMNS"
+        DEPTH "MVN_DEPTH"
+        SMALL "MVN_SMALL"
+        SMALL_TRIANGLE "MVN_SMALL_TRIANGLE"
+        BUNDLE "MVN_BUNDLE"
+    ctypedef struct Side "mvn_side":  # one distribution of every item: addresses, strides in bytes
+        char *loc
+        npy_intp loc_outer, loc_inner
+        char *matrix
+        npy_intp matrix_outer, row, column
+        bint covariance
+        bint shared
+    ctypedef struct SmallFactor "mvn_small_factor":
+        pass
+    ctypedef struct Bundle "mvn_bundle":
+        double *x
+        double *y
+        double *kl
+    void small_f32 "mvn_small_f32"(
+        const Side *p, const Side *q, npy_intp first, npy_intp groups, npy_intp wide,
+        SmallFactor *a, SmallFactor *b, bint fresh, Bundle *bundle, npy_intp n)
+    void small_f64 "mvn_small_f64"(
+        const Side *p, const Side *q, npy_intp first, npy_intp groups, npy_intp wide,
+        SmallFactor *a, SmallFactor *b, bint fresh, Bundle *bundle, npy_intp n)
     vec gather_f32 "mvn_gather_f32"(char *const *at, npy_intp offset)
     vec gather_f64 "mvn_gather_f64"(char *const *at, npy_intp offset)
     vec ones "mvn_ones"()
@@ -47,35 +77,55 @@ cdef extern from "mvn.h" nogil:
         const vec *a, vec *diagonal, npy_intp stride, npy_intp n)
     void lanes_divergence "mvn_lanes_divergence"(
         const double *x, const double *y, double *t, const double *squares, npy_intp n, double *kl)
-    double safe_reciprocal "mvn_reciprocal"(double y)
-    npy_intp element "mvn_element"(npy_intp i, npy_intp j)
-    npy_intp panels_size "mvn_panel"(npy_intp n)
-    void panels_cholesky "mvn_panels_cholesky"(double *a, double *reciprocal, npy_intp n)
-    void panels_whiten "mvn_panels_whiten"(
-        const double *p, const double *q, const double *shift, const double *reciprocal,
-        double *x, npy_intp n, double *t, double *squares)
-    void panels_whiten_standard "mvn_panels_whiten_standard"(
-        const double *p, const double *shift, npy_intp n, double *t, double *squares)
-    double panels_divergence "mvn_panels_divergence"(
+    void panel_load_f32 "mvn_panel_load_f32"(
+        double *x, char *const *at, npy_intp step, npy_intp count)
+    void panel_load_f64 "mvn_panel_load_f64"(
+        double *x, char *const *at, npy_intp step, npy_intp count)
+    void panels_solve_f32 "mvn_panels_solve_f32"(
+        float *x, npy_intp size, npy_intp panels, const float *factor, npy_intp stride,
+        npy_intp n, const float *zeros, const float *reciprocal, npy_intp begin, npy_intp step,
+        npy_intp block, npy_intp first, npy_intp last, float *squares)
+    void panels_differences_f32 "mvn_panels_differences_f32"(
+        float *x, const float *p, npy_intp stride_p, const float *q, npy_intp stride_q,
+        const float *shift, const float *probe, npy_intp index, npy_intp panels, npy_intp n,
+        npy_intp padded, npy_intp size)
+    void panels_solve_f64 "mvn_panels_solve_f64"(
+        double *x, npy_intp size, npy_intp panels, const double *factor, npy_intp stride,
+        npy_intp n, const double *zeros, const double *reciprocal, npy_intp begin, npy_intp step,
+        npy_intp block, npy_intp first, npy_intp last, double *squares)
+    void panels_differences_f64 "mvn_panels_differences_f64"(
+        double *x, const double *p, npy_intp stride_p, const double *q, npy_intp stride_q,
+        const double *shift, const double *probe, npy_intp index, npy_intp panels, npy_intp n,
+        npy_intp padded, npy_intp size)
+    void make_probe "mvn_probe"(
+        const float *l, npy_intp stride, npy_intp n, float *signs, float *probe)
+    double probe_error "mvn_probe_error"(const float *x, const float *signs, npy_intp n)
+    void panel_factor "mvn_panel_factor"(double *x, double *reciprocal, npy_intp i)
+    void panel_store "mvn_panel_store"(
+        const double *x, double *rows, npy_intp stride, npy_intp first, npy_intp last)
+    double whiten_standard "mvn_whiten_standard"(
+        const double *p, npy_intp stride, const double *shift, npy_intp n)
+    void take_diagonal "mvn_diagonal"(
+        const double *l, npy_intp stride, npy_intp n, double *diagonal)
+    void reciprocals "mvn_reciprocals"(const double *y, double *inverse, npy_intp n)
+    void prefetch "mvn_prefetch"(
+        const char *matrix, npy_intp row, npy_intp size, npy_intp first, npy_intp last)
+    double divergence "mvn_divergence"(
         const double *x, const double *y, double *t, double squares, npy_intp n)
 
-# Up to LANES_LIMIT rows, items in lanes are faster than one by one; from PANELS_START rows on, a
-# few items left over are faster one by one than in a group that is half empty.
+# Up to so many rows, items in lanes are faster than one by one; a Cholesky factorisation waits for
+# one division after the other. An item's bits do not depend on its neighbours: its size and kind
+# alone choose the kernel.
 cdef enum:
     MOST_LANES = 8
-    MOST_ROWS = 16
-    LANES_LIMIT = 48
-    PANELS_START = 16
-
-ctypedef struct Side:
-    # One of the two distributions of every item: addresses and strides in bytes.
-    char *loc
-    npy_intp loc_outer, loc_inner
-    char *matrix
-    npy_intp matrix_outer, row, column
-    bint covariance
-    bint shared             # the same matrix for every item
-
+    MOST_ROWS = 32
+    LANES_FROM_FACTORS = 10
+    LANES_FROM_COVARIANCES = 24
+    BLOCK = 8        # least panels of a covariance that threads share before they are factorised
+    MOST_TOGETHER = 8    # panels that are solved together
+    SINGLE = 32      # rows from which on float32 pays, where it is exact enough
+    LARGE = 128      # rows from which on signals are looked for within a matrix
+    AHEAD = 160      # rows up to which the next item is asked for: the cache holds both
 
 cdef inline Side side(const Batch *batch, int which, bint covariance) noexcept nogil:
     cdef Side s
@@ -125,6 +175,47 @@ cdef inline double *aligned(void *memory) noexcept nogil:
     return <double *> ((<uintptr_t> memory + 63) // 64 * 64)
 
 
+cdef inline bint lanes_improper(const double *x, const double *y, npy_intp lane,
+                                npy_intp n) noexcept nogil:
+    """Whether a diagonal element of either factor of an item is not positive."""
+    cdef npy_intp i
+    for i in range(n):
+        if not (x[i * LANES + lane] > 0 and y[i * LANES + lane] > 0):
+            return True
+    return False
+
+
+# ---- small: a kernel for each number of rows up to SMALL --------------------------------------
+
+cdef inline int small_rows(const Batch *batch, npy_intp first, npy_intp last, const Side *p,
+                           const Side *q, npy_intp n, real type_tag) noexcept nogil:
+    cdef SmallFactor factor_p, factor_q
+    cdef Bundle bundle
+    cdef char *out = batch.operands[2 if q == NULL else 4]
+    cdef npy_intp out_outer = batch.outer[2 if q == NULL else 4]
+    cdef npy_intp item = first, groups, count, i, wide, width, place
+    cdef double kl
+    cdef int status = 0
+    while item < last:
+        wide = last - item >= LANES  # else one item in all lanes, which share its group
+        width = LANES if wide else 1
+        groups = min(<npy_intp> BUNDLE, (last - item) // width)
+        if real is float:
+            small_f32(p, q, item, groups, wide, &factor_p, &factor_q, item == first, &bundle, n)
+        else:
+            small_f64(p, q, item, groups, wide, &factor_p, &factor_q, item == first, &bundle, n)
+        for i in range(groups * width):
+            place = i if wide else i * LANES
+            kl = bundle.kl[place]
+            if not isfinite(kl):
+                place = place // LANES * n * LANES + place % LANES
+                status |= settle(&kl, lanes_improper(bundle.x, bundle.y, place, n), p, q, item + i,
+                                 n, type_tag)
+            (<real *> (out + (item + i) * out_outer))[0] = <real> kl
+        item += groups * width
+    return status
+
+
 # ---- lanes: matrices of up to LANES_LIMIT rows, LANES items side by side ----------------------
 
 cdef inline vec gather(char *const *at, npy_intp offset, real type_tag) noexcept nogil:
@@ -157,16 +248,6 @@ cdef inline void lanes_load(vec *a, const Side *s, npy_intp first, npy_intp last
     if n % 2 == 1:
         memset(a + n * stride, 0, (n + 1) * sizeof(vec))
         a[n * stride + n + 1] = ones()
-
-
-cdef inline bint lanes_improper(const double *x, const double *y, npy_intp lane,
-                                npy_intp n) noexcept nogil:
-    """Whether a diagonal element of either factor of an item is not positive."""
-    cdef npy_intp i
-    for i in range(n):
-        if not (x[i * LANES + lane] > 0 and y[i * LANES + lane] > 0):
-            return True
-    return False
 
 
 cdef inline int lanes_rows(const Batch *batch, npy_intp first, npy_intp last, const Side *p,
@@ -229,40 +310,340 @@ cdef inline int lanes_rows(const Batch *batch, npy_intp first, npy_intp last, co
 
 # ---- panels: one larger matrix at a time ------------------------------------------------------
 
-cdef inline void panels_load_matrix(double *a, const Side *s, npy_intp item, npy_intp n,
-                                    npy_intp padded, real type_tag) noexcept nogil:
-    """Lower triangle, continued by an identity to whole panels."""
+ctypedef struct Rows:
+    # A lower triangular factor in double, row after row; `stride` in elements.
+    const double *data
+    npy_intp stride
+
+ctypedef struct Rows32:
+    const float *data
+    npy_intp stride
+
+ctypedef struct Panels:
+    # Scratch of one thread, or of several that share a matrix. The arrays have `padded` elements.
+    void *memory
+    npy_intp n, padded       # rows, and rows up to a whole panel
+    npy_intp size            # of a panel in double, and squares behind it
+    npy_intp together        # panels that are solved together
+    npy_intp block           # panels of a covariance between two factorisations
+    npy_intp stride          # from one row to the next of a factor that is not read in place
+    double *factor_p
+    double *factor_q
+    double *x                # panels
+    double *diagonal_p
+    double *diagonal_q
+    double *reciprocal
+    double *shift
+    double *t
+    double *zeros
+    double *squares          # one for panels solved together
+    float *shift_single      # the same for a solve in float32
+    float *reciprocal_single
+    float *signs
+    float *probe
+    double *missed           # mean square of what the probe misses by
+
+
+cdef inline bint in_place(const Side *s, real type_tag) noexcept nogil:
+    """Whether a factor can be read where it lies, as numbers of its type."""
+    return (not s.covariance and s.column == sizeof(real)
+            and s.row % <npy_intp> sizeof(real) == 0)
+
+
+cdef inline bint panels_new(Panels *a, npy_intp n, bint copy_p, bint copy_q, bint covariances,
+                            int threads) noexcept nogil:
+    """Room for the panels that `threads` threads have at hand, and for factors to be copied."""
+    cdef npy_intp padded = (n + ROWS - 1) // ROWS * ROWS, stride = padded + ROWS, i
+    cdef npy_intp square = padded * stride, size = (padded + 2) * ROWS, panels
+    a.together = max(<npy_intp> 2, min(<npy_intp> MOST_TOGETHER, n // 512 * 2))
+    a.block = max(<npy_intp> BLOCK, padded // ROWS // 8)
+    panels = threads * a.together
+    if covariances:
+        panels = max(panels, a.block)
+    cdef npy_intp length = (copy_p + copy_q) * square + panels * size + 9 * padded + 2 * ROWS
+    a.memory = malloc(length * sizeof(double) + 64)
+    if a.memory == NULL:
+        return False
+    a.n, a.padded, a.stride, a.size = n, padded, stride, size
+    a.diagonal_p = aligned(a.memory)
+    a.diagonal_q = a.diagonal_p + padded
+    a.reciprocal = a.diagonal_q + padded
+    a.shift = a.reciprocal + padded
+    a.t = a.shift + padded
+    a.zeros = a.t + padded
+    a.squares = a.zeros + padded
+    a.shift_single = <float *> (a.squares + padded)
+    a.reciprocal_single = a.shift_single + padded
+    a.signs = a.reciprocal_single + padded
+    a.probe = a.signs + padded
+    a.missed = <double *> (a.probe + padded)
+    a.x = a.missed + 2 * ROWS
+    a.factor_p = a.x + panels * size
+    a.factor_q = a.factor_p + copy_p * square
+    for i in range(padded):
+        a.diagonal_q[i] = 1.0
+        a.reciprocal[i] = a.reciprocal_single[i] = 1.0
+        a.zeros[i] = 0.0
+    return True
+
+
+cdef inline void panel_load(double *x, char *const *at, npy_intp step, npy_intp count,
+                            real type_tag) noexcept nogil:
+    if real is float:
+        panel_load_f32(x, at, step, count)
+    else:
+        panel_load_f64(x, at, step, count)
+
+
+cdef inline void cholesky_load(const Panels *a, const Side *s, npy_intp item, double *x,
+                               npy_intp i, real type_tag) noexcept nogil:
+    """Rows i .. i + ROWS - 1 of a covariance as a panel, continued by an identity."""
     cdef char *at[MOST_ROWS]
     cdef char *matrix = s.matrix + item * s.matrix_outer
-    cdef npy_intp row = s.row, column = s.column, i, k, r, rows
-    cdef double *x
-    for i from 0 <= i < padded by ROWS:
-        x = a + panels_size(i)
-        rows = min(n - i, <npy_intp> ROWS)
-        for r in range(ROWS):
-            at[r] = matrix + (i + min(r, rows - 1)) * row
-        for k in range(i):
-            for r in range(ROWS):
-                x[k * ROWS + r] = (<real *> (at[r] + k * column))[0]
-        for k in range(i, i + rows):
-            for r in range(k - i, rows):
-                x[k * ROWS + r] = (<real *> (at[r] + k * column))[0]
-        for r in range(rows, ROWS):
-            for k in range(i + r):
+    cdef npy_intp n = a.n, r, k
+    for r in range(ROWS):
+        at[r] = matrix + min(i + r, n - 1) * s.row
+    panel_load(x, at, s.column, min(i + ROWS, n), type_tag)
+    if i + ROWS > n:
+        memset(x + n * ROWS, 0, (i + ROWS - n) * ROWS * sizeof(double))
+        for r in range(n - i, ROWS):
+            for k in range(n):
                 x[k * ROWS + r] = 0.0
             x[(i + r) * ROWS + r] = 1.0
 
 
-cdef inline void panels_load_shift(double *shift, const Side *p, const Side *q, npy_intp item,
-                                   npy_intp n, npy_intp padded, real type_tag) noexcept nogil:
+cdef inline npy_intp rows_of(real type_tag) noexcept nogil:
+    """How many rows a panel has: vectors hold twice as many floats."""
+    return ROWS if real is double else 2 * ROWS
+
+
+cdef inline void solve(const Panels *a, real *x, npy_intp panels, const real *factor,
+                       npy_intp stride, npy_intp n, const real *reciprocal, npy_intp begin,
+                       npy_intp step, npy_intp first, npy_intp last, double *squares,
+                       Watch *watch) noexcept nogil:
+    """X <- X L^-T in the columns first .. last - 1 of some panels; panel g is 0 left of
+    begin + g step. Adds to `squares` the squares of the first panel's rows, then of the others'."""
+    cdef npy_intp rows = rows_of(<real> 0), size = rows * (a.padded + 2), block, r
+    cdef real *sums = x + rows * a.padded
+    for block from max(begin, 0) // DEPTH * DEPTH <= block < last by DEPTH:
+        if a.n >= LARGE:
+            look_for_signals(watch)
+            if watch.stop:
+                return
+        for r in range(2 * rows):
+            sums[r] = 0
+        if real is float:
+            panels_solve_f32(x, size, panels, factor, stride, n, <const float *> a.zeros,
+                             reciprocal, begin, step, block, first, last, sums)
+        else:
+            panels_solve_f64(x, size, panels, factor, stride, n, a.zeros, reciprocal, begin, step,
+                             block, first, last, sums)
+        for r in range(2 * rows):
+            squares[r] += sums[r]
+
+
+cdef inline void cholesky_begin(const Panels *a, const Side *s, npy_intp item, double *factor,
+                                npy_intp done, npy_intp index, npy_intp panels, Watch *watch,
+                                real type_tag) noexcept nogil:
+    """Some panels of the block that starts at row `done`, without what is above the block."""
+    cdef double squares[2 * MOST_ROWS]
+    cdef npy_intp i
+    if watch.stop:
+        return
+    for i in range(index, index + panels):
+        cholesky_load(a, s, item, a.x + i * a.size, done + i * ROWS, type_tag)
+    solve(a, a.x + index * a.size, panels, factor, a.stride, done, a.reciprocal, 0, 0, 0, done,
+          squares, watch)
+
+
+cdef inline void cholesky(const Panels *a, const Side *s, npy_intp item, double *factor,
+                          Watch *watch, real type_tag) noexcept nogil:
+    """The factor of a covariance. Threads share the panels of a block up to its first column;
+    the block's own triangle is one thread's. Whatever the threads, every sum runs in one order."""
+    cdef npy_intp done, index, count, share, i
+    cdef double *x
+    cdef double squares[2 * MOST_ROWS]
+    for done from 0 <= done < a.padded by a.block * ROWS:
+        count = min(a.block, (a.padded - done) // ROWS)
+        if watch.threads > 1 and done > 0:
+            share = max(<npy_intp> 1, min(a.together, count // watch.threads))
+            for index in prange((count + share - 1) // share, num_threads=watch.threads,
+                                schedule="dynamic"):
+                cholesky_begin(a, s, item, factor, done, index * share,
+                               min(share, count - index * share), watch, type_tag)
+        else:
+            for index from 0 <= index < count by MOST_TOGETHER:
+                cholesky_begin(a, s, item, factor, done, index,
+                               min(<npy_intp> MOST_TOGETHER, count - index), watch, type_tag)
+        for index in range(count):
+            i = done + index * ROWS
+            x = a.x + index * a.size
+            solve(a, x, 1, factor, a.stride, i, a.reciprocal, 0, 0, done, i, squares, watch)
+            if watch.stop:
+                return
+            panel_factor(x, a.reciprocal, i)
+            panel_store(x, factor + i * a.stride, a.stride, 0, i + ROWS)
+
+
+cdef inline void copy_factor(const Panels *a, const Side *s, npy_intp item, double *factor,
+                             real type_tag) noexcept nogil:
+    cdef char *row
+    cdef npy_intp i, j
+    for i in range(a.n):
+        row = s.matrix + item * s.matrix_outer + i * s.row
+        if s.column == sizeof(real):
+            for j in range(i + 1):
+                factor[i * a.stride + j] = (<real *> row)[j]
+        else:
+            for j in range(i + 1):
+                factor[i * a.stride + j] = (<real *> (row + j * s.column))[0]
+
+
+cdef inline Rows factor_of(const Panels *a, const Side *s, npy_intp item, double *factor,
+                           double *diagonal, bint fresh, Watch *watch,
+                           real type_tag) noexcept nogil:
+    """One side's factor and its diagonal; not `fresh`: those of the item before."""
+    cdef Rows rows
+    if real is double and in_place(s, type_tag):
+        rows.data = <const double *> (s.matrix + item * s.matrix_outer)
+        rows.stride = s.row // <npy_intp> sizeof(double)
+    else:
+        rows.data, rows.stride = factor, a.stride
+        if fresh and s.covariance:
+            cholesky(a, s, item, factor, watch, type_tag)
+        elif fresh:
+            copy_factor(a, s, item, factor, type_tag)
+    if fresh and not watch.stop:
+        take_diagonal(rows.data, rows.stride, a.n, diagonal)
+    return rows
+
+
+cdef inline void load_diagonal(double *diagonal, const Side *s, npy_intp item, npy_intp n,
+                               real type_tag) noexcept nogil:
+    cdef char *matrix = s.matrix + item * s.matrix_outer
+    cdef npy_intp i
+    for i in range(n):
+        diagonal[i] = (<real *> (matrix + i * (s.row + s.column)))[0]
+
+
+cdef inline void load_shift(double *shift, const Side *p, const Side *q, npy_intp item,
+                            npy_intp n, real type_tag) noexcept nogil:
     """mu_p - mu_q, or mu_p when q is NULL."""
     cdef npy_intp i
     for i in range(n):
         shift[i] = (<real *> (p.loc + item * p.loc_outer + i * p.loc_inner))[0]
         if q != NULL:
             shift[i] -= (<real *> (q.loc + item * q.loc_outer + i * q.loc_inner))[0]
-    for i in range(n, padded):
-        shift[i] = 0.0
+
+
+cdef inline void prefetch_rows(const Side *s, npy_intp item, npy_intp first, npy_intp last,
+                               real type_tag) noexcept nogil:
+    """Ask for some rows of an item's matrix, if they are yet to be read and lie side by side."""
+    if s.column == sizeof(real) and not s.shared:
+        prefetch(s.matrix + item * s.matrix_outer, s.row, sizeof(real), first, last)
+
+
+cdef inline double whiten_some(const Panels *a, const real *p, npy_intp stride_p, const real *q,
+                               npy_intp stride_q, npy_intp index, npy_intp slot,
+                               Watch *watch) noexcept nogil:
+    """The squares of some panels of [z | Y]^T from number `index` on, computed in place `slot`."""
+    cdef npy_intp rows = rows_of(<real> 0), n = a.n, extra = 1 if real is double else 2, r
+    cdef npy_intp panels = min(a.together, (n + extra - 1) // rows + 1 - index)
+    cdef npy_intp padded = (n + COLUMNS - 1) // COLUMNS * COLUMNS, begin = index * rows - COLUMNS
+    cdef npy_intp first = max(begin, <npy_intp> 0), size = rows * (a.padded + 2)
+    cdef real *x = <real *> (a.x + slot * a.together * a.size)
+    cdef double squares[2 * MOST_ROWS]
+    cdef double total = 0.0
+    if watch.stop:
+        return 0.0
+    for r in range(2 * rows):
+        squares[r] = 0.0
+    if real is float:
+        panels_differences_f32(x, p, stride_p, q, stride_q, a.shift_single, a.probe, index, panels,
+                               n, padded, size)
+        solve(a, x, panels, q, stride_q, n, a.reciprocal_single, begin, rows, first, padded,
+              squares, watch)
+        if index == 0:
+            a.missed[0] = probe_error(x, a.signs, n)
+            squares[rows - 2] = 0.0
+    else:
+        panels_differences_f64(x, p, stride_p, q, stride_q, a.shift, NULL, index, panels, n, padded,
+                               size)
+        solve(a, x, panels, q, stride_q, n, a.reciprocal, begin, rows, first, padded, squares,
+              watch)
+    for r in range(2 * rows):
+        total += squares[r]
+    return total
+
+
+# By how much the mean square root a float32 solve may miss its probe, in units of 2^-24.
+cdef enum:
+    PROBE_ULPS = 16
+
+
+cdef inline bint found(const Panels *a) noexcept nogil:
+    """Whether rounding errors stay small: the solve found the probe again."""
+    return a.missed[0] <= (PROBE_ULPS * 2.0 ** -24) ** 2
+
+
+cdef inline double whiten(const Panels *a, const real *p, npy_intp stride_p, const real *q,
+                          npy_intp stride_q, const Side *side_p, const Side *side_q,
+                          npy_intp following, Watch *watch) noexcept nogil:
+    """|z|^2 + |Y|^2 where [z | Y] = L_q^-1 ([mu_p | L_p] - [mu_q | L_q]). Threads share the panels.
+    The matrices of the item `following` (negative: none) are asked for along the way."""
+    cdef npy_intp extra = 1 if real is double else 2, step = a.together * rows_of(<real> 0)
+    cdef npy_intp groups = (a.n + extra - 1) // step + 1, index, last
+    cdef double squares = 0.0
+    if watch.threads > 1:
+        for index in prange(groups, num_threads=watch.threads, schedule="dynamic"):
+            a.squares[index] = whiten_some(a, p, stride_p, q, stride_q, index * a.together,
+                                           omp_get_thread_num(), watch)
+    else:
+        for index in range(groups):
+            a.squares[index] = whiten_some(a, p, stride_p, q, stride_q, index * a.together, 0,
+                                           watch)
+            if following >= 0:
+                last = min((index + 1) * step, a.n)
+                prefetch_rows(side_p, following, index * step, last, <real> 0)
+                prefetch_rows(side_q, following, index * step, last, <real> 0)
+            if real is float and not found(a):
+                return NAN
+    for index in range(groups):
+        squares += a.squares[index]
+    return squares
+
+
+cdef inline Rows32 single_factor(const Panels *a, const Side *s, npy_intp item,
+                                 float *factor) noexcept nogil:
+    """A factor in float32: where it lies, or a copy."""
+    cdef Rows32 rows
+    cdef npy_intp i, j
+    cdef char *row
+    if in_place(s, <float> 0):
+        rows.data = <const float *> (s.matrix + item * s.matrix_outer)
+        rows.stride = s.row // <npy_intp> sizeof(float)
+        return rows
+    rows.data, rows.stride = factor, a.stride
+    for i in range(a.n):
+        row = s.matrix + item * s.matrix_outer + i * s.row
+        for j in range(i + 1):
+            factor[i * a.stride + j] = (<float *> (row + j * s.column))[0]
+    return rows
+
+
+cdef inline bint whiten_single(const Panels *a, const Side *p, const Side *q, npy_intp item,
+                               npy_intp following, Watch *watch, double *squares) noexcept nogil:
+    """`whiten` of float32 factors in float32; whether the result can be trusted."""
+    cdef Rows32 rows_p = single_factor(a, p, item, <float *> a.factor_p)
+    cdef Rows32 rows_q = single_factor(a, q, item, <float *> a.factor_q)
+    cdef npy_intp i
+    for i in range(a.n):
+        a.shift_single[i] = <float> a.shift[i]
+        a.reciprocal_single[i] = <float> a.reciprocal[i]
+    make_probe(rows_q.data, rows_q.stride, a.n, a.signs, a.probe)
+    squares[0] = whiten(a, rows_p.data, rows_p.stride, rows_q.data, rows_q.stride, p, q, following,
+                        watch)
+    return found(a) and 1e-30 < squares[0] < 1e30
 
 
 cdef inline bint panels_improper(const double *x, const double *y, npy_intp n) noexcept nogil:
@@ -274,56 +655,57 @@ cdef inline bint panels_improper(const double *x, const double *y, npy_intp n) n
 
 
 cdef inline int panels_rows(const Batch *batch, npy_intp first, npy_intp last, const Side *p,
-                            const Side *q, npy_intp n, real type_tag) noexcept nogil:
-    cdef npy_intp padded = (n + ROWS - 1) // ROWS * ROWS, size = panels_size(padded)
-    cdef void *memory = malloc((2 * size + (ROWS + 5) * padded) * sizeof(double) + 64)
-    if memory == NULL:
-        return NO_MEMORY
-    cdef double *factor_p = aligned(memory)
-    cdef double *factor_q = factor_p + size
-    cdef double *scratch = factor_q + size
-    cdef double *reciprocal = scratch + ROWS * padded
-    cdef double *shift = reciprocal + padded
-    cdef double *t = shift + padded
-    cdef double *diagonal_p = t + padded
-    cdef double *diagonal_q = diagonal_p + padded
+                            const Side *q, npy_intp n, Watch *watch,
+                            real type_tag) noexcept nogil:
+    cdef bint covariances = p.covariance or (q != NULL and q.covariance)
+    cdef bint single = real is float and n >= SINGLE and not covariances and q != NULL
+    cdef bint copy_p = real is float or not in_place(p, type_tag)
+    cdef bint copy_q = q != NULL and (real is float or not in_place(q, type_tag))
+    cdef Panels a
+    cdef Rows rows_p, rows_q
     cdef double squares, kl
     cdef char *out = batch.operands[2 if q == NULL else 4]
-    cdef npy_intp out_outer = batch.outer[2 if q == NULL else 4]
-    cdef npy_intp item, i
+    cdef npy_intp out_outer = batch.outer[2 if q == NULL else 4], item, following, i
+    cdef bint fresh, trusted
     cdef int status = 0
-    for i in range(padded):
-        diagonal_q[i] = 1.0
+    if not panels_new(&a, n, copy_p, copy_q, covariances, watch.threads):
+        return NO_MEMORY
     for item in range(first, last):
-        if q != NULL and (item == first or not q.shared):
-            panels_load_matrix(factor_q, q, item, n, padded, type_tag)
-            if q.covariance:
-                panels_cholesky(factor_q, reciprocal, padded)
-            for i in range(padded):
-                diagonal_q[i] = factor_q[element(i, i)]
-                reciprocal[i] = safe_reciprocal(diagonal_q[i])
-        if item == first or not p.shared:
-            panels_load_matrix(factor_p, p, item, n, padded, type_tag)
-            if p.covariance:
-                panels_cholesky(factor_p, t, padded)
-            for i in range(padded):
-                diagonal_p[i] = factor_p[element(i, i)]
-        panels_load_shift(shift, p, q, item, n, padded, type_tag)
-        if q == NULL:
-            panels_whiten_standard(factor_p, shift, padded, t, &squares)
-        else:
-            panels_whiten(factor_p, factor_q, shift, reciprocal, scratch, padded, t, &squares)
-        kl = panels_divergence(diagonal_p, diagonal_q, t, squares, padded)
+        following = item + 1 if item + 1 < last and n <= AHEAD else -1
+        load_shift(a.shift, p, q, item, n, type_tag)
+        trusted = False
+        if single:
+            load_diagonal(a.diagonal_p, p, item, n, type_tag)
+            load_diagonal(a.diagonal_q, q, item, n, type_tag)
+            reciprocals(a.diagonal_q, a.reciprocal, n)
+            trusted = whiten_single(&a, p, q, item, following, watch, &squares)
+        if not trusted:
+            fresh = single or item == first or not p.shared
+            rows_p = factor_of(&a, p, item, a.factor_p, a.diagonal_p, fresh, watch, type_tag)
+            if q != NULL:
+                fresh = single or item == first or not q.shared
+                rows_q = factor_of(&a, q, item, a.factor_q, a.diagonal_q, fresh, watch, type_tag)
+            reciprocals(a.diagonal_q, a.reciprocal, n)
+            if q == NULL:
+                squares = whiten_standard(rows_p.data, rows_p.stride, a.shift, n)
+            else:
+                squares = whiten(&a, rows_p.data, rows_p.stride, rows_q.data, rows_q.stride, p, q,
+                                 following if real is double else -1, watch)
+        if watch.stop:
+            break
+        for i in range(n):
+            a.t[i] = (a.diagonal_p[i] - a.diagonal_q[i]) * a.reciprocal[i]
+        kl = divergence(a.diagonal_p, a.diagonal_q, a.t, squares, n)
         if not isfinite(kl):
-            status |= settle(&kl, panels_improper(diagonal_p, diagonal_q, n), p, q, item, n,
+            status |= settle(&kl, panels_improper(a.diagonal_p, a.diagonal_q, n), p, q, item, n,
                              type_tag)
         (<real *> (out + item * out_outer))[0] = <real> kl
-    free(memory)
+    free(a.memory)
     return status
 
 
 cdef inline int mvn_rows(const Batch *batch, npy_intp first, npy_intp last, bint cov_p, bint cov_q,
-                         bint standard_q, real type_tag) noexcept nogil:
+                         bint standard_q, Watch *watch, real type_tag) noexcept nogil:
     """KL of the items first .. last - 1; `type_tag` only chooses the type. Returns status bits."""
     cdef npy_intp n = batch.core[0]
     cdef Side p = side(batch, 0, cov_p), q
@@ -331,17 +713,11 @@ cdef inline int mvn_rows(const Batch *batch, npy_intp first, npy_intp last, bint
     if not standard_q:
         q = side(batch, 1, cov_q)
         other = &q
-    cdef npy_intp alone = last - first
-    cdef int status = 0
-    if n <= LANES_LIMIT:
-        alone %= LANES
-        if n < PANELS_START or 2 * alone > LANES:
-            alone = 0
-    if alone < last - first:
-        status |= lanes_rows(batch, first, last - alone, &p, other, n, type_tag)
-    if alone > 0:
-        status |= panels_rows(batch, last - alone, last, &p, other, n, type_tag)
-    return status
+    if 0 < n <= SMALL:
+        return small_rows(batch, first, last, &p, other, n, type_tag)
+    if n <= (LANES_FROM_COVARIANCES if cov_p or cov_q else LANES_FROM_FACTORS):
+        return lanes_rows(batch, first, last, &p, other, n, type_tag)
+    return panels_rows(batch, first, last, &p, other, n, watch, type_tag)
 
 
 # The kernel that the gufuncs carry.
@@ -349,21 +725,22 @@ cdef inline int mvn_rows(const Batch *batch, npy_intp first, npy_intp last, bint
 cdef inline Plan plan_mvn(const Batch *batch, const Kernel *kernel) noexcept nogil:
     cdef Plan plan
     cdef double n = batch.core[0]
+    cdef bint covariances = kernel.options[0] or kernel.options[1]
     cdef bint shared = not kernel.options[2] and batch.outer[3] == 0
-    plan.row_ns = 20 + n * (3 + n * (0.9 + 0.03 * n))
+    plan.row_ns = 5 + n * (3 + n * (0.9 + (0.03 if covariances else 0.008) * n))
     plan.setup_ns = 0.4 * plan.row_ns if shared else 0.0
-    plan.group = LANES if n <= LANES_LIMIT else 1
-    plan.splits_rows = False
+    plan.group = LANES if n <= LANES_FROM_COVARIANCES else 1
+    plan.splits_rows = True
     return plan
 
 
 cdef inline int mvn_rows_f32(const Batch *batch, npy_intp first, npy_intp last,
                              const Kernel *kernel, Watch *watch) noexcept nogil:
     return mvn_rows(batch, first, last, kernel.options[0], kernel.options[1], kernel.options[2],
-                    <float> 0)
+                    watch, <float> 0)
 
 
 cdef inline int mvn_rows_f64(const Batch *batch, npy_intp first, npy_intp last,
                              const Kernel *kernel, Watch *watch) noexcept nogil:
     return mvn_rows(batch, first, last, kernel.options[0], kernel.options[1], kernel.options[2],
-                    <double> 0)
+                    watch, <double> 0)

@@ -90,6 +90,14 @@ static inline int signal_raised(void) {
     return interrupted;
 }
 
+/* MemoryError in the calling thread, raised as soon as the call is over: in Python's own way, as
+ * NumPy does not promise to look for exceptions behind a numerical loop. */
+static inline void raise_memory_error(void) {
+    PyGILState_STATE state = PyGILState_Ensure();
+    PyThreadState_SetAsyncExc(PyThread_get_thread_ident(), PyExc_MemoryError);
+    PyGILState_Release(state);
+}
+
 /* Floating-point status flags belong to the calling thread; NumPy reads them after the loop. */
 static inline void report_status(int invalid) {
     feclearexcept(FE_ALL_EXCEPT);

@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import sys
 
+import klfast
 import numpy as np
 
 from registry import IDS
@@ -43,36 +44,53 @@ class Region:
         return view
 
 
+def forms(entry, dtype, batch, size):
+    """Give the arguments of one entry, and for factors the covariances, too."""
+    arrays = {
+        name: (np.clip(a, 0.01, 1000) if name in "pq" else a).astype(dtype)
+        for name, a in entry.inputs("float32", batch, size).items()
+    }
+    yield arrays
+    if entry.core == 2:
+        yield {
+            name.replace("scale_tril", "cov"): a
+            if name.startswith("loc")
+            else (a.astype(float) @ a.astype(float).swapaxes(-1, -2)).astype(dtype)
+            for name, a in arrays.items()
+        }
+
+
 def run(entry_id, sizes, dtypes):
     """Call one entry with all its arrays at the edge, for every size, dtype, stride and side."""
     entry = IDS[entry_id]
-    regions = [Region(64) for _ in range(4)]
+    regions = [Region(128) for _ in range(4)]
     for dtype in dtypes:
         for size in sizes:
-            rows = [(), (9,)] if entry.core == 1 or size < 10 else [(2,)]
-            for batch in rows:
-                arrays = entry.inputs("float32", batch, size)
-                arrays = {
-                    name: (np.clip(a, 0.01, 1000) if name in "pq" else a).astype(dtype)
-                    for name, a in arrays.items()
-                }
-                want = entry(arrays)
-                for step in (1, -2):
-                    for at_end in (True, False):
-                        print(entry_id, np.dtype(dtype), size, batch, step, at_end, flush=True)
-                        placed = {
-                            name: region.place(a, step, at_end)
-                            for region, (name, a) in zip(regions, arrays.items(), strict=False)
-                        }
-                        np.testing.assert_allclose(entry(placed), want, rtol=3e-5, atol=1e-30)
+            batches = [(), (9,)] if entry.core == 1 or size < 10 else [(2,)]
+            for batch in batches:
+                for arrays in forms(entry, dtype, batch, size):
+                    want = entry(arrays)
+                    for step in (1, -2):
+                        for at_end in (True, False):
+                            print(*arrays, np.dtype(dtype), size, batch, step, at_end, flush=True)
+                            placed = {
+                                name: region.place(a, step, at_end)
+                                for region, (name, a) in zip(regions, arrays.items(), strict=False)
+                            }
+                            np.testing.assert_allclose(entry(placed), want, rtol=3e-5, atol=1e-30)
 
 
 if __name__ == "__main__":
     import ml_dtypes
 
-    size_limit = IDS[sys.argv[1]].max_size
+    entry_id, isa = sys.argv[1:]
+    assert klfast.config.describe()["isa"] == isa
+    size_limit = 70 if IDS[entry_id].core == 2 else 1000
+    dtypes = [np.float64, np.float32]
+    if IDS[entry_id].core == 1:
+        dtypes += [np.float16, ml_dtypes.bfloat16]
     run(
-        sys.argv[1],
+        entry_id,
         [size for size in [*range(1, 71), 127, 255, 257, 1000] if size <= size_limit],
-        [np.float64, np.float32, np.float16, ml_dtypes.bfloat16],
+        dtypes,
     )

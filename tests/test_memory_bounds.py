@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import klfast
 import pytest
 
 import fresh
@@ -15,10 +16,11 @@ KERNELS = [entry for entry in ENTRIES if not entry.id.endswith(SAME_KERNEL)]
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs mprotect")
 @pytest.mark.parametrize("entry", KERNELS, ids=lambda e: e.id)
-def test_no_access_out_of_bounds(entry):
+@pytest.mark.parametrize("isa", klfast.config.describe()["isa_available"])
+def test_no_access_out_of_bounds(entry, isa):
     done = subprocess.run(
-        [sys.executable, guarded.__file__, entry.id],
-        env=fresh.environment(),
+        [sys.executable, guarded.__file__, entry.id, isa],
+        env=fresh.environment(KLFAST_ISA=isa),
         capture_output=True,
         text=True,
         timeout=120,

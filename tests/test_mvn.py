@@ -30,7 +30,7 @@ def covariances(arrays):
     """Give the same distributions with covariances, rounded once."""
 
     def product(factor):
-        exact = np.tril(factor).astype(np.longdouble)
+        exact = np.tril(factor).astype(np.longdouble if factor.shape[-1] < 300 else np.float64)
         return (exact @ np.swapaxes(exact, -1, -2)).astype(factor.dtype)
 
     return {
@@ -132,6 +132,74 @@ def test_large_factors_float32(size):
     got = klfast.kl_mvn(**arrays)
     assert got.dtype == np.float32
     assert abs(got - want) <= 1e-6 * want, f"{size=}: {got!r}, want {want!r}"
+
+
+def autoregressive(rng, size):
+    """Give the factor of a covariance with correlation 0.999 between neighbours."""
+    steps = np.arange(size)
+    return np.linalg.cholesky(0.999 ** abs(steps[:, np.newaxis] - steps))
+
+
+def smooth(rng, size):
+    """Give the factor of a Gaussian process at random places: a condition number of 1e3."""
+    places = np.sort(rng.random(size))
+    distance = (places[:, np.newaxis] - places) / 0.3
+    return np.linalg.cholesky(np.exp(-0.5 * distance**2) + 1e-6 * np.eye(size))
+
+
+def half_smooth(rng, size):
+    """Give one that is well conditioned but for its last rows."""
+    factor = np.eye(size)
+    factor[size // 2 :, size // 2 :] = smooth(rng, size - size // 2)
+    return factor
+
+
+def growing(rng, size):
+    """Give a factor whose inverse has elements up to 1.2^size."""
+    return np.eye(size) - 0.2 * np.tri(size, k=-1)
+
+
+@pytest.mark.parametrize("size", [8, 17, 31, 32, 33, 64, 100])
+@pytest.mark.parametrize("make", [autoregressive, smooth, half_smooth, growing])
+@pytest.mark.parametrize("near", [None, 1e-3, 1e-6])
+def test_float32_holds_its_bound_whatever_the_condition(size, make, near):
+    """Where rounding errors grow, float32 is computed in double."""
+    rng = np.random.default_rng(size)
+    for same_loc in (False, True):
+        factor_q, loc_q = make(rng, size), rng.normal(size=size)
+        factor_p, loc_p = make(rng, size) * 1.1, rng.normal(size=size)
+        if near is not None:
+            factor_p = factor_q * (1 + near * rng.normal(size=factor_q.shape))
+            loc_p = loc_q + near * rng.normal(size=size)
+        arrays = {
+            "loc_p": loc_q if same_loc else loc_p,
+            "loc_q": loc_q,
+            "scale_tril_p": factor_p,
+            "scale_tril_q": factor_q,
+        }
+        arrays = {name: a.astype("float32") for name, a in arrays.items()}
+        want = longdouble_kl(**arrays)
+        got = klfast.kl_mvn(**arrays)
+        assert abs(got - want) <= max(1, size / 17) * 4e-6 * want, f"{got!r}, want {want!r}"
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1e15, 1e30])
+@pytest.mark.parametrize("size", [8, 33, 64])
+def test_float32_scales(size, scale):
+    """KL does not change with the unit, and may itself be far from 1."""
+    arrays = factors(size, (3,), dtype="float32")
+    power = np.float32(2.0 ** np.round(np.log2(scale)))
+    scaled = {name: a * power for name, a in arrays.items()}
+    np.testing.assert_array_equal(klfast.kl_mvn(**scaled), klfast.kl_mvn(**arrays))
+    far = {**arrays, "loc_p": arrays["loc_p"] + np.float32(1e17)}
+    near = {**arrays, "scale_tril_p": arrays["scale_tril_q"], "loc_p": arrays["loc_q"].copy()}
+    near["loc_p"][:] = 0
+    near["loc_q"] = np.full_like(near["loc_q"], 1e-17)
+    for extreme in (far, near):
+        got = klfast.kl_mvn(**extreme)
+        for i in range(3):
+            want = longdouble_kl(**{name: a[i] for name, a in extreme.items()})
+            assert abs(got[i] - want) <= 4e-6 * want
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 11])
@@ -342,6 +410,34 @@ def test_shared_sides(size, count):
             own_loc = {**shared, f"loc_{side}": form[f"loc_{side}"]}
             repeated[f"loc_{side}"] = form[f"loc_{side}"]
             np.testing.assert_array_equal(klfast.kl_mvn(**own_loc), klfast.kl_mvn(**repeated))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "count"), [(150, 40), (300, 3), (300, 20), (700, 1), (1100, 1)])
+def test_same_bits_when_threads_share_a_matrix(dtype, size, count):
+    few = factors(size, (min(count, 3),), dtype=dtype)
+    arrays = {name: np.resize(a, (count, *a.shape[1:])) for name, a in few.items()}
+    shared = {name: a[0] if name.endswith("q") else a for name, a in arrays.items()}
+    cases = [arrays, shared, {k: v for k, v in arrays.items() if k.endswith("p")}]
+    if count < 20:
+        cases += [covariances(shared)]
+    for case in cases:
+        with klfast.num_threads(1):
+            want = klfast.kl_mvn(**case)
+        for threads in (2, 3, 5):
+            with klfast.num_threads(threads):
+                np.testing.assert_array_equal(klfast.kl_mvn(**case), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [3, 8, 10, 12, 16, 24, 30, 40, 130])
+def test_bits_do_not_depend_on_the_batch(dtype, size):
+    arrays = factors(size, (11,), dtype=dtype)
+    for form in (arrays, covariances(arrays)):
+        together = klfast.kl_mvn(**form)
+        for part in (slice(0, 1), slice(3, 6), slice(4, 11), slice(None, None, -2)):
+            got = klfast.kl_mvn(**{name: a[part] for name, a in form.items()})
+            np.testing.assert_array_equal(got, together[part], err_msg=f"{part} {size=}")
 
 
 def test_outer_broadcasting():

@@ -258,3 +258,89 @@ def test_ctrl_c_answers_soon(shape, threads):
             child.kill()
     assert printed == "interrupted\n", errors
     assert waited < 1.5, f"{waited:.2f} s"
+
+
+TRIANGLE = """
+    import sys, time
+    import numpy as np, klfast
+
+    def identity(n):  # a matrix that takes no memory
+        row = np.zeros(2 * n - 1)
+        row[n - 1] = 1
+        return np.lib.stride_tricks.as_strided(row[n - 1 :], (n, n), (-8, 8))
+"""
+
+INTERRUPTED_IN_A_MATRIX = (
+    TRIANGLE
+    + """
+    kind, size = sys.argv[2:]
+    klfast.set_num_threads(int(sys.argv[1]))
+    eye, loc = identity(int(size)), np.zeros(int(size))
+    sides = {f"{kind}_p": eye, f"{kind}_q": eye}
+    print("ready", flush=True)
+    try:
+        klfast.kl_mvn(loc, loc_q=loc, **sides)
+    except KeyboardInterrupt:
+        print(time.monotonic(), flush=True)
+        assert klfast.kl_mvn(loc[:300], eye[:300, :300]) == 0
+        print("interrupted", flush=True)
+"""
+)
+
+
+@posix
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("kind", "size"), [("cov", 10_000), ("scale_tril", 20_000)])
+def test_ctrl_c_answers_within_one_matrix(threads, kind, size):
+    """A call that would take a minute."""
+    with subprocess.Popen(
+        fresh.command(INTERRUPTED_IN_A_MATRIX, threads, kind, size),
+        env=fresh.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as child:
+        try:
+            assert child.stdout.readline() == "ready\n", child.stderr.read()
+            time.sleep(0.7)
+            start = time.monotonic()
+            child.send_signal(signal.SIGINT)
+            printed, errors = child.communicate(timeout=30)
+        finally:
+            child.kill()
+    assert printed.endswith("interrupted\n"), errors
+    waited = float(printed.split()[0]) - start
+    assert 0 < waited < 0.5, f"{waited:.2f} s"
+
+
+NO_MEMORY = (
+    TRIANGLE
+    + """
+    import resource, threading
+
+    limit = 1 << 30
+    eye, loc = identity(20_000), np.zeros(20_000)
+    klfast.kl_mvn(loc[:300], eye[:300, :300])  # whatever is allocated once
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, most))
+
+    def refused():
+        for arguments in ((loc, eye), (loc, eye, loc, eye)):
+            out = np.array(7.0)
+            try:
+                klfast.kl_mvn(*arguments, out=out)
+            except MemoryError:
+                print("MemoryError", out, flush=True)
+        assert klfast.kl_mvn(loc[:300], eye[:300, :300]) == 0
+
+    refused()
+    worker = threading.Thread(target=refused)
+    worker.start()
+    worker.join()
+"""
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS")
+def test_no_memory_is_an_error_of_the_calling_thread():
+    assert fresh.run(NO_MEMORY, KLFAST_NUM_THREADS="2").splitlines() == ["MemoryError 7.0"] * 4
