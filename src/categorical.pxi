@@ -14,7 +14,7 @@ plainest, the first that is good enough for a block:
 e^a has the same bits in each.
 """
 
-from gufunc cimport INVALID
+from gufunc cimport INVALID, Watch, is_unwanted
 from libc.math cimport exp as libm_exp, log
 from numpy cimport npy_intp
 from sums cimport (
@@ -402,21 +402,26 @@ cdef void categorical_columns(const real **x, const npy_intp *step, int n,
         into.doubtful[lane] |= loops[lane] == Loop.FAR and infinite[lane] > 0
 
 
-cdef inline double log_sum_exp(const Row *row, int operand, double peak) noexcept nogil:
+cdef inline double log_sum_exp(const Row *row, Watch *watch, int operand, double peak) noexcept nogil:
     """log of the sum of exp((x - peak)/T)."""
-    cdef double result = 0, rest = 0
+    cdef double x, result = 0, rest = 0
     cdef npy_intp i
     for i in range(row.length):
-        result = two_sum(result, libm_exp((element(row, operand, i) - peak) * row.inverse_temperature), &rest)
+        if is_unwanted(watch, i):
+            return NAN
+        x = (element(row, operand, i) - peak) * row.inverse_temperature
+        result = two_sum(result, libm_exp(x), &rest)
     return log(result + rest)
 
 
-cdef inline double categorical_hard_value(const Row *row, int *status) noexcept nogil:
+cdef inline double categorical_hard_value(const Row *row, Watch *watch, int *status) noexcept nogil:
     """Bad values, p > 0 where q = 0, and rows where no guess of the shift came near."""
     cdef double a, b, peak_a = -INFINITY, peak_b = -INFINITY
     cdef bint infinite = False
     cdef npy_intp i
     for i in range(row.length):
+        if is_unwanted(watch, i):
+            return NAN
         a, b = element(row, 0, i), element(row, 1, i)
         if a != a or b != b:
             return NAN
@@ -427,18 +432,21 @@ cdef inline double categorical_hard_value(const Row *row, int *status) noexcept 
         return NAN
     if infinite:
         return INFINITY
-    return categorical_hard_divergence(row, peak_a, peak_b)
+    return categorical_hard_divergence(row, watch, peak_a, peak_b)
 
 
-cdef inline double categorical_hard_divergence(const Row *row, double peak_a, double peak_b) noexcept nogil:
+cdef inline double categorical_hard_divergence(const Row *row, Watch *watch, double peak_a,
+                                               double peak_b) noexcept nogil:
     """The formula at the head with the exact shift, one element at a time."""
     cdef double beta = row.inverse_temperature, a, b, p, q, y, drift
-    cdef double lse_a = log_sum_exp(row, 0, peak_a), lse_b = log_sum_exp(row, 1, peak_b)
+    cdef double lse_a = log_sum_exp(row, watch, 0, peak_a), lse_b = log_sum_exp(row, watch, 1, peak_b)
     cdef double shift = (peak_a - peak_b) + (lse_a - lse_b) / beta
     cdef npy_intp i
     cdef Sums sums
     clear(&sums)
     for i in range(row.length):
+        if is_unwanted(watch, i):
+            return NAN
         a, b = element(row, 0, i), element(row, 1, i)
         p = libm_exp((a - peak_a) * beta)
         y = ((shift - (a - b)) * beta) if a > -INFINITY else 0

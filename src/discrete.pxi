@@ -13,7 +13,7 @@ As it stands, sum p log(p/q) = G + (Sp - Sq), or the sum of p (e ln2 + 2 atanh(s
 the smaller terms.
 """
 
-from gufunc cimport INVALID
+from gufunc cimport INVALID, Watch, is_unwanted
 from libc.math cimport fabs, frexp, ldexp
 from numpy cimport npy_intp
 from sums cimport (
@@ -251,12 +251,14 @@ cdef inline double log_ratio(double p, double q) noexcept nogil:
     return (e + exponent_p - exponent_q) * LN2 + (2 * s + atanh_tail(s))
 
 
-cdef inline double discrete_hard_value(const Row *row, int *status) noexcept nogil:
+cdef inline double discrete_hard_value(const Row *row, Watch *watch, int *status) noexcept nogil:
     """Bad values, p > 0 where q = 0, and weights that the fast formula has no range for."""
     cdef double p, q, largest_p = 0, largest_q = 0
     cdef bint bad = False, infinite = False
     cdef npy_intp i
     for i in range(row.length):
+        if is_unwanted(watch, i):
+            return NAN
         p, q = element(row, 0, i), element(row, 1, i)
         if p != p or q != q:
             return NAN
@@ -269,16 +271,18 @@ cdef inline double discrete_hard_value(const Row *row, int *status) noexcept nog
     if infinite:
         return INFINITY
     if not row.normalize:
-        return hard_plain_sum(row)
-    return discrete_hard_divergence(row, largest_p, largest_q)
+        return hard_plain_sum(row, watch)
+    return discrete_hard_divergence(row, watch, largest_p, largest_q)
 
 
-cdef inline double hard_plain_sum(const Row *row) noexcept nogil:
+cdef inline double hard_plain_sum(const Row *row, Watch *watch) noexcept nogil:
     cdef double p, q, direct, term
     cdef npy_intp i
     cdef Sums sums
     clear(&sums)
     for i in range(row.length):
+        if is_unwanted(watch, i):
+            return NAN
         p, q = element(row, 0, i), element(row, 1, i)
         direct = p * log_ratio(p, q) if p > 0 else 0
         term = hard_term(p, q, p - q)
@@ -287,7 +291,7 @@ cdef inline double hard_plain_sum(const Row *row) noexcept nogil:
     return plain_sum(sums.weight, sums.divergence, sums.drift, sums.direct)
 
 
-cdef inline double discrete_hard_divergence(const Row *row, double largest_p,
+cdef inline double discrete_hard_divergence(const Row *row, Watch *watch, double largest_p,
                                    double largest_q) noexcept nogil:
     """The formula at the head, one element at a time, weights scaled by powers of two so that the
     largest are near 1 and sums cannot overflow."""
@@ -298,11 +302,15 @@ cdef inline double discrete_hard_divergence(const Row *row, double largest_p,
     frexp(largest_p, &up_p)
     frexp(largest_q, &up_q)
     for i in range(row.length):
+        if is_unwanted(watch, i):
+            return NAN
         total_p += ldexp(element(row, 0, i), -up_p)
         total_q += ldexp(element(row, 1, i), -up_q)
     ratio = total_p / total_q
     clear(&sums)
     for i in range(row.length):
+        if is_unwanted(watch, i):
+            return NAN
         p, q = ldexp(element(row, 0, i), -up_p), ldexp(element(row, 1, i), -up_q)
         scaled_q = ratio * q
         difference = (p - scaled_q) + residual_product(ratio, q, scaled_q)

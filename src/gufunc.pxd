@@ -72,6 +72,13 @@ cdef inline void look_for_signals(Watch *watch) noexcept nogil:
         watch.next_look = seconds() + 0.05
 
 
+cdef inline bint is_unwanted(Watch *watch, npy_intp i) noexcept nogil:
+    """For loops of many slow steps i: looks for signals now and then."""
+    if i % 16384 == 16383:
+        look_for_signals(watch)
+    return watch.stop
+
+
 cdef inline int threads_worth(double nanoseconds) noexcept nogil:
     if nanoseconds < SERIAL_NS:
         return 1

@@ -11,7 +11,7 @@ Every term is right to 8 ulp. Where the sides differ, both are converted to vari
 parts; float32 is then computed in double.
 """
 
-from gufunc cimport INVALID
+from gufunc cimport INVALID, Watch, is_unwanted
 from libc.math cimport exp as libm_exp, expm1, fabs, log
 from numpy cimport npy_intp
 from sums cimport (
@@ -182,12 +182,14 @@ cdef inline double log_variance_ratio(double x, double y, const Row *row) noexce
     return log_variance(x, row.spread_p) - log_variance(y, row.spread_q)
 
 
-cdef inline double normal_hard_value(const Row *row, int *status) noexcept nogil:
+cdef inline double normal_hard_value(const Row *row, Watch *watch, int *status) noexcept nogil:
     """Bad values, point masses, and variances that the fast formulas have no range for."""
     cdef double m_p, s_p, m_q, s_q, x, scaled, result = 0
     cdef bint bad = False, infinite = False
     cdef npy_intp i
     for i in range(row.length):
+        if is_unwanted(watch, i):
+            return NAN
         m_p, s_p = element(row, 0, i), element(row, 1, i)
         m_q, s_q = element(row, 2, i), element(row, 3, i)
         if m_p != m_p or s_p != s_p or m_q != m_q or s_q != s_q:

@@ -215,10 +215,10 @@ cdef double row_value(const Row *row, Watch *watch, int *status,
         if fast_value(row, watch, &value, <double> 0):
             return value
     if row.family == Family.NORMAL:
-        return normal_hard_value(row, status)
+        return normal_hard_value(row, watch, status)
     if row.family == Family.DISCRETE:
-        return discrete_hard_value(row, status)
-    return categorical_hard_value(row, status)
+        return discrete_hard_value(row, watch, status)
+    return categorical_hard_value(row, watch, status)
 
 
 # Short rows, and rows whose elements lie further apart than the rows do: LANES rows side by side.

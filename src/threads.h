@@ -4,6 +4,9 @@
 
 #include <Python.h>
 #include <fenv.h>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -100,7 +103,11 @@ static inline void raise_memory_error(void) {
 
 /* Floating-point status flags belong to the calling thread; NumPy reads them after the loop. */
 static inline void report_status(int invalid) {
+#if defined(__x86_64__)
+    _mm_setcsr(_mm_getcsr() & ~_MM_EXCEPT_MASK); /* feclearexcept also saves and loads the x87 state */
+#else
     feclearexcept(FE_ALL_EXCEPT);
+#endif
     if (invalid)
         feraiseexcept(FE_INVALID);
 }
