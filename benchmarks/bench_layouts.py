@@ -6,7 +6,7 @@ from contrasts import CONTRASTS
 from suite import THREADS
 
 CASES = [
-    pytest.param(contrast, side, n, id=f"{contrast.id}-{side}-{n}")
+    pytest.param(contrast, side, n, id=f"{contrast.name}-{side}-{n}")
     for contrast in CONTRASTS
     for n in THREADS
     for side in contrast.sides

@@ -34,8 +34,8 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item not in set(dropped)]
 
 
-def group(function, what, threads):
-    return f"{function} {what}, {threads} thread{'s' * (threads > 1)}"
+def group(name, threads):
+    return f"{name}, {threads} thread{'s' * (threads > 1)}"
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def measure(benchmark, request):
             pytest.skip(reason)
         if request.config.getoption("--quick"):
             work = work.smaller()
-        benchmark.group = group(work.function, work.id, threads)
+        benchmark.group = group(work.name, threads)
         with quiet_threads(peer, threads):
             call = peer.prepare(work.inputs())
             error = error_of(work, call())
@@ -64,7 +64,7 @@ def measure(benchmark, request):
 @pytest.fixture
 def contrasted(benchmark):
     def run(contrast, side, threads):
-        benchmark.group = group(contrast.function, contrast.what, threads)
+        benchmark.group = group(contrast.name, threads)
         with klfast.num_threads(threads):
             calls = contrast.calls()
             contrast.assert_same(*(call() for call in calls.values()))

@@ -33,7 +33,7 @@ class Contrast:
     same: bool = True  # whether both calls have the same result
 
     @property
-    def id(self) -> str:
+    def name(self) -> str:
         return f"{self.function} {self.what}"
 
     @property
@@ -174,7 +174,7 @@ CONTRASTS = [
             "float32",
             4096,
             1000,
-            floor=1,
+            floor=0.95,
             aim=1,
         )
         for id in ROWS

@@ -19,7 +19,7 @@ from klfast.config import describe
 
 SAMPLE = 5e-4  # seconds; shorter calls are repeated within one sample
 ROUNDS = (5, 200)
-SLOW = 4  # times the fastest; beyond, the first rounds do
+SLOW, SLOW_ROUNDS = 4, 3  # a call that takes so many times the fastest's time sits out soon
 LIBRARIES = ("numpy", "scipy", "torch", "jax", "numba", "numkong", "numexpr")
 
 
@@ -59,12 +59,12 @@ def interleave(contestants: dict[str, Contestant], seconds: float) -> Times:
         repeats = {name: max(1, round(SAMPLE / t)) for name, t in once.items()}
         slow = {name for name, t in once.items() if t > SLOW * min(once.values())}
         turn = {name: t * repeats[name] for name, t in once.items()}
-        left = seconds - least * sum(turn.values())
-        more = left / sum(turn[name] for name in contestants if name not in slow)
+        left = seconds - SLOW_ROUNDS * sum(turn[name] for name in slow)
+        rounds = int(left / sum(turn[name] for name in contestants if name not in slow))
         times: Times = {name: [] for name in contestants}
-        for i in range(least + max(0, min(most - least, int(more)))):
+        for i in range(max(least, min(most, rounds))):
             for name, who in contestants.items():
-                if i < least or name not in slow:
+                if i < SLOW_ROUNDS or name not in slow:
                     times[name].append(sample(who, repeats[name]))
     return times
 
