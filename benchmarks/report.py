@@ -88,7 +88,7 @@ def pair_from_run(run: dict[tuple[str, str, int], Known], contrast: Contrast) ->
 
 
 def in_turn(what: str, things: Iterable[Any], do: Callable[[Any], Any]) -> Iterator[Any]:
-    """Do one after the other, and show which."""
+    """Do one after the other; show which and what came out."""
     things = list(things)
     with Progress(console=CONSOLE) as progress:
         task = progress.add_task(what, total=len(things))
@@ -96,6 +96,7 @@ def in_turn(what: str, things: Iterable[Any], do: Callable[[Any], Any]) -> Itera
             progress.update(task, description=f"{what}: {thing.name}")
             result = do(thing)
             if result is not None:
+                progress.print(table.in_a_line(result))
                 yield result
             progress.advance(task)
 

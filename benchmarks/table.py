@@ -58,6 +58,16 @@ def name_of(row: Row) -> str:
     return f"`{work.function}` {shape}{kind}{near}"
 
 
+def in_a_line(result: Row | Pair) -> str:
+    """Give the gist of a row while the others are measured."""
+    if isinstance(result, Pair):
+        contrast, ratio = result.contrast, result.times
+        return f"{contrast.name}: {contrast.beside} {ratio:.2f}, floor {contrast.floor:g}"
+    best, floor = result.best, result.work.floor
+    peer = f"{best.peer} {best.times:.2f}" if best else "no peer is right"
+    return f"{result.work.name}: {peer}" + (f", floor {floor:g}" if floor else "")
+
+
 def line(*cells: str) -> str:
     return "| " + " | ".join(cells) + " |"
 

@@ -50,13 +50,15 @@ def character(loop):
 
 @levels
 def test_loops_of_terms_are_packed(level):
-    loops = {"ps": [], "pd": [], "ss": [], "sd": [], None: []}
+    found = {"ps": [], "pd": [], "ss": [], "sd": [], None: []}
     for loop in loops_of(level):
-        loops[character(loop)].append(loop)
+        found[character(loop)].append(f"{loop[0].address:x}")
     for real in "sd":
-        alone = [f"{loop[0].address:x}" for loop in loops["s" + real]]
-        assert len(loops["p" + real]) >= PACKED_LOOPS[real]
-        assert len(alone) <= SCALAR_LOOPS[real], f"loops one element at a time at {alone}"
+        packed, alone = len(found["p" + real]), len(found["s" + real])
+        assert packed >= PACKED_LOOPS[real], f"{packed} packed loops"
+        assert alone <= SCALAR_LOOPS[real], (
+            f"{alone} loops one element at a time, at {found['s' + real]}"
+        )
 
 
 @levels
