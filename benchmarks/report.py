@@ -115,7 +115,7 @@ def rounded(x: Any) -> Any:
     if isinstance(x, float):
         return float(f"{x:.3g}") if abs(x) < float("inf") else str(x)
     if isinstance(x, dict):
-        return {k: rounded(v) for k, v in x.items() if v not in (None, False)}
+        return {k: rounded(v) for k, v in x.items() if v is not None and v is not False}
     return [rounded(v) for v in x] if isinstance(x, list | tuple) else x
 
 

@@ -181,7 +181,11 @@ def readme_part(rows: list[Row], pairs: list[Pair], seen: dict[str, Any]) -> str
         "unless there is a floor and nobody else is right; *negative*: some of them are below "
         "zero, where no divergence can be.",
         "",
+        "<details><summary>Table of all peers</summary>",
+        "",
         *peers_table(rows),
+        "",
+        "</details>",
         "",
         "klfast beside itself on other layouts of the same rows, and one small call beside "
         "`np.vecdot` of the same arrays, which does next to nothing:",
