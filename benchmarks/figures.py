@@ -29,11 +29,11 @@ def _panels(title: str, families: list[str]) -> tuple[Any, dict[str, Any]]:
     return figure, dict(zip(families, axes[0], strict=True))
 
 
-def _finish(figure: Any, path: Path) -> None:
+def _finish(figure: Any, path: Path, most_columns: int = 6) -> None:
     handles: dict[str, Any] = {}
     for axis in figure.axes:
         handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    columns = min(len(handles), 6)
+    columns = min(len(handles), most_columns)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
     figure.savefig(path, dpi=90)
     plt.close(figure)
@@ -104,4 +104,4 @@ def draw_growth(records: list[dict[str, Any]], path: Path) -> None:
     for along, axis in axes.items():
         axis.set(title=titles[along], xlabel={"length": "K", "rows": "rows"}[along])
         axis.yaxis.set_major_formatter("{x:g}")
-    _finish(figure, path)
+    _finish(figure, path, most_columns=4)

@@ -183,9 +183,12 @@ def peers_of(function: str, covariances: bool = False) -> list[Peer]:
 
 
 def torch_compile(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled for these shapes alone. What was compiled before is dropped: PyTorch stops compiling
-    a function after eight shapes."""
-    torch._dynamo.reset()
+    """Compiled for each shape alone, and for as many as are asked for: PyTorch would stop after
+    eight."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = 10_000
+    torch._dynamo.config.accumulated_recompile_limit = 10_000
     return torch.compile(call, dynamic=False, fullgraph=True)
 
 

@@ -25,7 +25,6 @@ TOLERANCE = {"float32": 1e-4, "float64": 1e-9}
 # Of near-equal P and Q, what klfast promises.
 TOLERANCE_NEAR = {"float32": 1e-6, "float64": 1e-9}
 ORACLE_ELEMENTS = 20_000  # of one array, for which exact values are computed
-LARGE = 24  # matrices beyond have their exact values from long double
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Work:
 
     def sample(self) -> slice:
         """Some of the items, evenly spread, as many as the oracle can do in a second."""
-        cost = self.size**3 / (10 if self.size <= LARGE else 2000) if self.matrices else self.size
+        cost = 10 + self.size**3 / (10 if self.near else 2000) if self.matrices else self.size
         return slice(None, None, -(-self.items // max(1, int(ORACLE_ELEMENTS // cost))))
 
 
@@ -102,12 +101,12 @@ def _inputs(work: Work) -> dict[str, np.ndarray]:
 
 @functools.lru_cache(maxsize=1)
 def exact(work: Work) -> np.ndarray:
-    """Give the values of the sample to the last digit; those of large matrices to 18 digits or so,
-    those of rows too long for the oracle by the definition."""
+    """Give the values of the sample to the last digit; those of unrelated matrices to 18 digits or
+    so, those of rows too long for the oracle by the definition."""
     if not work.matrices and work.size > 10 * ORACLE_ELEMENTS:
         return by_definition(work)[work.sample()]
     arrays = {n: a[work.sample()] for n, a in work.inputs().items()}
-    if work.covariances or (work.matrices and work.size > LARGE):
+    if work.matrices and not work.near:
         return mvn_in_long_double(**arrays)
     return IDS[work.entry].exact(**arrays)[0]
 
