@@ -25,8 +25,7 @@ LIBRARIES = ("numpy", "scipy", "torch", "jax", "numba", "numkong", "numexpr")
 
 @contextlib.contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
+    gc.disable()  # collecting here takes long: the heap holds all of PyTorch and JAX
     try:
         yield
     finally:
