@@ -78,6 +78,9 @@ def module_path(level: str) -> Path | None:
 def why_no_disassembly() -> str | None:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return "reads the instructions of x86-64 alone"
+    path = module_path(klfast._kernels.isa)
+    if path and b"__asan_" in path.read_bytes():
+        return "built with sanitizers, whose loops are others"
     return None if shutil.which("objdump") else "needs objdump"
 
 
