@@ -3,11 +3,13 @@
 from suite import Work, parametrize
 
 WORKS = [
-    Work("normal-scale", "float32", 4096, 512),
-    Work("normal-scale", "float64", 4096, 512),
-    Work("normal-scale", "float32", 100_000, 10),
-    Work("normal-scale", "float64", 100_000, 10),
+    *[
+        Work("normal-scale", dtype, items, size, floor=2.0, aim=3)
+        for items, size in ((4096, 512), (100_000, 10))
+        for dtype in ("float32", "float64")
+    ],
     Work("normal-scale", "float32", 4096, 512, near=1e-4),
+    Work("normal-scale", "float32", 1, 10_000_000),
 ]
 SIZES = [
     Work("normal-scale", "float32", 1_000_000 // size, size)

@@ -2,249 +2,103 @@
 
 Usage::
 
-    python benchmarks/report.py                   # ten minutes on a quiet machine
-    python benchmarks/report.py --quick           # half a minute: see that it runs; writes nothing
+    python benchmarks/report.py                   # a quarter of an hour on a quiet machine
+    python benchmarks/report.py --quick           # a minute: see that it runs; writes nothing
+    python benchmarks/report.py -k 'mvn float64'  # works whose names have these words; prints only
     pytest benchmarks --benchmark-json=run.json
     python benchmarks/report.py --from run.json   # times of that run, values checked anew
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
+import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("NPROC", "1")  # XLA: peers are timed on one thread
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # registry and oracle
 
 import click
-import numpy as np
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 
 import bench_categorical
 import bench_discrete
 import bench_mvn
 import bench_normal
-from figures import draw_error, draw_speed
-from peers import peers_of
-from registry import IDS
-from suite import (
-    THREADS,
-    TOLERANCE,
-    Work,
-    error_of,
-    exact,
-    quiet_threads,
-    relative_error,
-    why_not,
-)
-from timing import interleave, machine
+import table
+from contrasts import CONTRASTS, Contrast
+from figures import draw_error, draw_growth, draw_speed
+from measure import Known, Machine, Pair, Row, accuracy, compare, growth, measure_machine, oppose
+from suite import Work
+from timing import machine as describe_machine
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = (bench_discrete, bench_categorical, bench_normal, bench_mvn)
 WORKS: list[Work] = [work for family in FAMILIES for work in family.WORKS]
 SIZES: list[Work] = [work for family in FAMILIES for work in family.SIZES]
-HIDDEN = ("reference", "SciPy entropy")  # measured by pytest, not shown here
-AGAIN = "klfast again"
-BEGIN, END = "<!-- report.py: begin -->", "<!-- report.py: end -->"
-NEAR = [10.0**-k for k in range(9)]
-
-
-@dataclass(frozen=True)
-class Result:
-    """One peer on one work. No seconds: not timed. `wrong`: beyond what its dtype excuses."""
-
-    function: str
-    dtype: str
-    shape: str
-    size: int
-    near: float | None
-    threads: int
-    peer: str
-    seconds: float | None
-    error: float | None
-    negative: bool
-    wrong: bool
-    speedup: float | None = None
-
-
-def shown_peers(work: Work) -> Iterator[Any]:
-    for peer in peers_of(work.function):
-        if peer.name not in HIDDEN and why_not(work, peer) is None:
-            yield peer
-
-
-def evaluate(work: Work, peer: Any, got: Any, threads: int, quick: bool) -> Result:
-    """Judge the values of one peer; the exact ones of large matrices take a minute."""
-    error = None
-    if not (quick and IDS[work.entry].core == 2 and work.size > 64):
-        error = relative_error(np.asarray(got)[work.sample()], exact(work))
-    return Result(
-        work.function,
-        work.dtype,
-        work.shape,
-        work.size,
-        work.near,
-        threads,
-        peer.name,
-        None,
-        error,
-        bool(np.any(np.asarray(got) < 0)),
-        error_of(work, got) > TOLERANCE[work.dtype],
+DISTANCES = [
+    Work(entry, dtype, items, size, 10.0**-k)
+    for entry, dtype, items, size, last in (
+        ("discrete", "float32", 8, 1000, 6),
+        ("categorical", "float32", 8, 1000, 6),
+        ("normal-scale", "float32", 8, 1000, 6),
+        ("mvn", "float64", 20, 8, 8),
     )
+    for k in range(last + 1)
+]
+BEGIN, END = "<!-- report.py: begin -->", "<!-- report.py: end -->"
+PART = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
+CONSOLE = Console(stderr=True)
 
 
-def compare(
-    work: Work, threads: int, seconds: float, known: dict[str, float] | None, quick: bool
-) -> list[Result]:
-    """Judge every peer on one work, and time those whose values are right (unless known)."""
-    results, calls = [], {}
-    with contextlib.ExitStack() as limits:
-        for peer in shown_peers(work):
-            if threads > 1 and not peer.threaded:
-                continue
-            limits.enter_context(quiet_threads(peer, threads))
-            call = peer.prepare(work.inputs())
-            results.append(evaluate(work, peer, call(), threads, quick))
-            if not results[-1].wrong:
-                calls[peer.name] = call
-                if peer.name == "klfast":
-                    calls[AGAIN] = call
-        times = interleave(calls, seconds) if known is None else known
-    own = times.get("klfast")
-    again = replace(results[0], peer=AGAIN)
-    return [
-        replace(r, seconds=t, speedup=t / own if t and own else None)
-        for r in [*results, again]
-        for t in [times.get(r.peer)]
-    ]
-
-
-def accuracy(quick: bool) -> list[Result]:
-    """Judge every peer on P and Q at ever smaller distances."""
-    works = [
-        Work(entry, dtype, items, size, near)
-        for entry, dtype, items, size in (
-            ("discrete", "float32", 8, 1000),
-            ("categorical", "float32", 8, 1000),
-            ("normal-scale", "float32", 8, 1000),
-            ("mvn", "float64", 20, 8),
-        )
-        for near in NEAR
-        if near >= (1e-6 if dtype == "float32" else 1e-8)
-    ]
-    results = []
-    for work in track(works, "errors", console=CONSOLE):
-        for peer in shown_peers(work):
-            with quiet_threads(peer, 1):
-                results.append(evaluate(work, peer, peer.prepare(work.inputs())(), 1, quick))
-    return results
-
-
-def small_call(seconds: float) -> dict[str, float]:
-    """Time one call with K = 3 beside np.vecdot, which does next to nothing."""
-    arrays = IDS["discrete"].inputs("float64", (), 3)
-    calls = {p.name: p.prepare(arrays) for p in peers_of("kl_discrete") if p.library.installed}
-    return interleave(calls | {"np.vecdot": lambda: np.vecdot(arrays["p"], arrays["q"])}, seconds)
-
-
-def times_in(run: Path) -> dict[tuple[str, str, int], dict[str, float]]:
+def times_in(run: Path) -> dict[tuple[str, str, int], Known]:
     """Read the medians of a pytest-benchmark run by function, work and threads."""
-    times: dict[tuple[str, str, int], dict[str, float]] = {}
+    times: dict[tuple[str, str, int], Known] = {}
     for benchmark in json.loads(run.read_text())["benchmarks"]:
         info = benchmark["extra_info"]
-        if info:
-            key = (info["function"], info["work"], info["threads"])
-            times.setdefault(key, {})[info["peer"]] = benchmark["stats"]["median"]
+        key = (info["function"], info["work"], info["threads"])
+        times.setdefault(key, {})[info["peer"]] = benchmark["stats"]["median"]
     return times
 
 
-# The table
+def from_run(run: dict[tuple[str, str, int], Known], work: Work) -> Row | None:
+    """The row of a work by the times of a pytest-benchmark run, if it is there."""
+    key = (work.function, work.id)
+    if (*key, 1) not in run:
+        return None
+    row = compare(work, 0, None, run[*key, 1])
+    row.two = run.get((*key, 2), {}).get("klfast")
+    row.gain = row.own.seconds / row.two if row.two and row.own.seconds else None
+    return row
 
 
-def milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g}"
+def pair_from_run(run: dict[tuple[str, str, int], Known], contrast: Contrast) -> Pair | None:
+    key = (contrast.function, contrast.what)
+    one, two = (run.get((*key, n), {}) for n in (1, 2))
+    if not set(contrast.sides) <= set(one):
+        return None
+    own, beside = (one[side] for side in contrast.sides)
+    both = two.get("klfast")
+    return Pair(contrast, own, beside, beside / own, both, own / both if both else None)
 
 
-def power(error: float | None) -> str:
-    if error is None:
-        return "–"
-    return "0" if error == 0 else "∞" if math.isinf(error) else f"{error:.0e}".replace("e-0", "e-")
-
-
-def cell(result: Result | None) -> str:
-    if result is None:
-        return "–"
-    if result.wrong:
-        return f"*wrong* · {power(result.error)}" + (" · negative" if result.negative else "")
-    if result.seconds is None:
-        return "–"
-    if result.peer == "klfast":
-        return f"{milliseconds(result.seconds)} · {power(result.error)}"
-    ratio = f"{result.speedup:.1f}×" if result.speedup else "–"
-    ratio = f"**{ratio}**" if result.speedup and result.speedup < 1 else ratio
-    return f"{milliseconds(result.seconds)} · {ratio} · {power(result.error)}"
-
-
-def table(results: list[Result]) -> Iterator[str]:
-    peers = [p for p in dict.fromkeys(r.peer for r in results) if p not in ("klfast", AGAIN)]
-    yield " | ".join(["| work", "klfast", *peers, "klfast, 2 threads |"])
-    yield "|---" * (len(peers) + 3) + "|"
-    found = {(r.function, r.dtype, r.shape, r.near, r.threads, r.peer): r for r in results}
-    works = dict.fromkeys((r.function, r.dtype, r.shape, r.near) for r in results)
-    for function, dtype, shape, near in works:
-        nearness = "" if near is None else f", near-equal ({near:g})"
-        row = [f"`{function}` {dtype} {shape.replace('x', '×')}{nearness}"]
-        row += [cell(found.get((function, dtype, shape, near, 1, p))) for p in ("klfast", *peers)]
-        two = found.get((function, dtype, shape, near, 2, "klfast"))
-        row.append(milliseconds(two.seconds) if two and two.seconds else "–")
-        yield "| " + " | ".join(row) + " |"
-
-
-def noise_of(results: Iterable[Result]) -> tuple[float, float] | None:
-    ratios = [r.speedup for r in results if r.peer == AGAIN and r.speedup]
-    return (min(ratios), max(ratios)) if ratios else None
-
-
-def readme_part(results: list[Result], small: dict[str, float], seen: dict[str, Any]) -> str:
-    """Give what stands between the markers."""
-    versions = ", ".join(f"{name} {number}" for name, number in seen["versions"].items())
-    calls = ", ".join(f"{name} {1e6 * t:.3g} µs" for name, t in small.items() if name != "klfast")
-    noise = noise_of(results)
-    how = "Medians of a pytest-benchmark run, in which each call is timed by itself."
-    if noise:
-        how = (
-            "Medians of calls that take turns in one process; klfast timed against itself in the "
-            f"same way: {noise[0]:.2f} to {noise[1]:.2f}."
-        )
-    lines = [
-        "Milliseconds on one thread · how many times klfast's time (**bold** where klfast loses) · "
-        "largest relative error against exact values on a sample of the same rows. *Wrong*: the "
-        "values are off by more than rounding in that precision excuses, so they are not timed; "
-        "*negative*: some of them are below zero, where no divergence can be. Near-equal: Q is P "
-        "perturbed by that relative amount.",
-        "",
-        *table(results),
-        "",
-        f"One call with K = 3: klfast {1e6 * small['klfast']:.3g} µs; {calls}.",
-        "",
-        f"{seen['processor']}, {seen['cores']} cores, {seen['system']}, {seen['instruction set']}; "
-        f"compiler {seen['compiler']}; {versions}; load {seen['load']:.1f} before the run. {how}",
-        "",
-        "![Speed-up against size](benchmarks/results/speed.png)",
-        "",
-        "![Error against the distance of P and Q](benchmarks/results/error.png)",
-    ]
-    return "\n".join(lines)
-
-
-PART = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
+def in_turn(what: str, things: Iterable[Any], do: Callable[[Any], Any]) -> Iterator[Any]:
+    """Do one after the other; show which and what came out."""
+    things = list(things)
+    with Progress(console=CONSOLE) as progress:
+        task = progress.add_task(what, total=len(things))
+        for thing in things:
+            progress.update(task, description=f"{what}: {thing.name}")
+            result = do(thing)
+            if result is not None:
+                progress.print(table.in_a_line(result))
+                yield result
+            progress.advance(task)
 
 
 def check_markers(path: Path) -> None:
@@ -256,85 +110,91 @@ def write_between_markers(path: Path, text: str) -> None:
     path.write_text(PART.sub(lambda _: f"{BEGIN}\n{text}\n{END}", path.read_text()))
 
 
+def rounded(x: Any) -> Any:
+    """The same with numbers of three digits: small, and a change shows in a diff."""
+    if isinstance(x, float):
+        return float(f"{x:.3g}") if abs(x) < float("inf") else str(x)
+    if isinstance(x, dict):
+        return {k: rounded(v) for k, v in x.items() if v is not None and v is not False}
+    return [rounded(v) for v in x] if isinstance(x, list | tuple) else x
+
+
 def write_numbers(path: Path, facts: dict[str, Any]) -> None:
-    """One result a line, rounded: small, and a change shows in a diff."""
-
-    def rounded(x: Any) -> Any:
-        return float(f"{x:.3g}") if isinstance(x, float) and math.isfinite(x) else x
-
-    def line(result: Result) -> str:
-        kept = {k: rounded(v) for k, v in asdict(result).items() if v not in (None, False)}
-        return "  " + json.dumps(kept).replace("Infinity", '"inf"')
-
-    parts = [
-        f" {json.dumps(key)}: "
-        + (
-            "[\n" + ",\n".join(map(line, value)) + "\n ]"
-            if isinstance(value, list)
-            else json.dumps({k: rounded(v) for k, v in value.items()})
-        )
-        for key, value in facts.items()
-    ]
+    """One result a line."""
+    parts = []
+    for key, value in facts.items():
+        lines = [json.dumps(rounded(v)) for v in value] if isinstance(value, list) else None
+        text = "[\n  " + ",\n  ".join(lines) + "\n ]" if lines else json.dumps(rounded(value))
+        parts.append(f" {json.dumps(key)}: {text}")
     path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
-
-
-CONSOLE = Console(stderr=True)
 
 
 @click.command(help=__doc__.split("\n")[0])
 @click.option("--from", "run", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Take the times from this pytest-benchmark JSON.")  # fmt: skip
+@click.option("-k", "words", default="", help="Only works whose names have all of these words.")
 @click.option("--quick", is_flag=True, help="Few items and rounds; writes only where told to.")
-@click.option(
-    "--seconds", default=2.0, show_default=True, help="Time for each row and thread count."
-)
+@click.option("--seconds", default=1.0, show_default=True, help="Time for each row.")
 @click.option("--readme", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-              help="Where the table goes.  [default: README.md]")  # fmt: skip
+              help="Where the tables go.  [default: README.md]")  # fmt: skip
 @click.option("--results", type=click.Path(file_okay=False, path_type=Path),
               help="Where figures and numbers go.  [default: benchmarks/results]")  # fmt: skip
 def main(
-    run: Path | None, quick: bool, seconds: float, readme: Path | None, results: Path | None
+    run: Path | None,
+    words: str,
+    quick: bool,
+    seconds: float,
+    readme: Path | None,
+    results: Path | None,
 ) -> None:
-    if not quick:
+    if not quick and not words:
         readme, results = readme or ROOT / "README.md", results or ROOT / "benchmarks" / "results"
     if readme:
         check_markers(readme)
     known = times_in(run) if run else None
     seconds = 0.01 if quick else seconds
-    seen = machine()
+    seen = describe_machine()
 
-    def measured(works: list[Work], threads: tuple[int, ...], what: str) -> list[Result]:
-        cases = [(work.smaller() if quick else work, n) for work in works for n in threads]
-        if known is not None:
-            cases = [(work, n) for work, n in cases if (work.function, work.id, n) in known]
-        return [
-            result
-            for work, n in track(cases, what, console=CONSOLE)
-            for result in compare(
-                work, n, seconds, known and known[work.function, work.id, n], quick
-            )
-        ]
+    def chosen(things: list[Any]) -> list[Any]:
+        return [t for t in things if all(w in t.name for w in words.split())]
 
-    rows = measured(WORKS, THREADS, "works")
-    sizes = [w for w in SIZES if w not in WORKS]
-    sweep = [r for r in rows if r.near is None and r.threads == 1]
-    sweep = [r for r in sweep if r.dtype == ("float64" if r.function == "kl_mvn" else "float32")]
-    sweep = [r for r in sweep if r.function == "kl_mvn" or known] + measured(sizes, (1,), "sizes")
-    near = accuracy(quick)
-    small = small_call(seconds)
+    def small(works: list[Work]) -> list[Work]:
+        """In a quick run, one work of each way to call."""
+        first = {(work.entry, work.dtype, work.covariances): work for work in reversed(works)}
+        return [work.smaller() for work in first.values()] if quick else works
 
-    text = readme_part(rows, small, seen)
+    works, sizes = small(chosen(WORKS)), [] if quick else chosen(SIZES)
+    with CONSOLE.status("the machine's bounds"):
+        limits = Machine() if quick or known is not None else measure_machine(works)
+
+    def row(work: Work) -> Row | None:
+        return compare(work, seconds, limits, None) if known is None else from_run(known, work)
+
+    def pair(contrast: Contrast) -> Pair | None:
+        return oppose(contrast, seconds) if known is None else pair_from_run(known, contrast)
+
+    rows: list[Row] = [*in_turn("works", works, row)]
+    pairs: list[Pair] = [*in_turn("layouts", chosen(CONTRASTS)[:: 5 if quick else 1], pair)]
+    text = table.readme_part(rows, pairs, seen)
     click.echo(text)
     if readme:
         write_between_markers(readme, text)
+    if words:
+        return
+    done = {r.work: r for r in rows}
+    swept = rows if quick else [done[w] for w in sizes if w in done]
+    swept += [*in_turn("sizes", [w for w in sizes if w not in done], row)]
+    near = [*accuracy(track(DISTANCES[:: 7 if quick else 1], "distances", console=CONSOLE))]
+    grown = [*track(growth(quick), "growth", console=CONSOLE)]
     if results:
         results.mkdir(parents=True, exist_ok=True)
-        compared = [asdict(r) for r in sweep if r.peer not in ("klfast", AGAIN)]
-        if compared:
-            draw_speed(compared, results / "speed.png")
-        draw_error([asdict(r) for r in near], results / "error.png")
-        facts = {"machine": seen, "one call, K = 3, seconds": small, "works": rows}
-        write_numbers(results / "report.json", facts | {"sizes": sweep, "distances": near})
+        draw_speed([r.record() for r in swept], results / "speed.png")
+        draw_error(near, results / "error.png")
+        draw_growth(grown, results / "growth.png")
+        facts: dict[str, Any] = {"machine": seen | {"clock": limits.clock, "flops": limits.flops}}
+        facts |= {"works": [r.record() for r in rows], "layouts": [p.record() for p in pairs]}
+        facts |= {"sizes": [r.record() for r in swept], "distances": near, "growth": grown}
+        write_numbers(results / "report.json", facts)
 
 
 if __name__ == "__main__":

@@ -9,45 +9,68 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from klfast.config import describe
 
 SAMPLE = 5e-4  # seconds; shorter calls are repeated within one sample
 ROUNDS = (5, 200)
-LIBRARIES = ("numpy", "scipy", "torch")
+SLOW, SLOW_ROUNDS = 4, 3  # a call that takes so many times the fastest's time sits out soon
+LIBRARIES = ("numpy", "scipy", "torch", "jax", "numba", "numkong", "numexpr")
 
 
 @contextlib.contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
+    gc.disable()  # collecting here takes long: the heap holds all of PyTorch and JAX
     try:
         yield
     finally:
         gc.enable()
 
 
-def interleave(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Give the median time of each call, the calls taking turns for about so many seconds."""
+@dataclass(frozen=True)
+class Contestant:
+    call: Callable[[], object]
+    within: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
-    def sample(call: Callable[[], object], repeats: int) -> float:
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        return (time.perf_counter() - start) / repeats
 
+Times = dict[str, list[float]]
+
+
+def interleave(contestants: dict[str, Contestant], seconds: float) -> Times:
+    """Give the times of each call, the calls taking turns for about so many seconds. The n-th times
+    of all are of the same turn; slow calls sit out after the first turns."""
+
+    def sample(who: Contestant, repeats: int) -> float:
+        with who.within():
+            start = time.perf_counter()
+            for _ in range(repeats):
+                who.call()
+            return (time.perf_counter() - start) / repeats
+
+    least, most = ROUNDS
     with no_garbage_collection():
-        once = {name: min(sample(call, 1) for _ in range(2)) for name, call in calls.items()}
+        once = {name: min(sample(c, 1) for _ in range(2)) for name, c in contestants.items()}
         repeats = {name: max(1, round(SAMPLE / t)) for name, t in once.items()}
-        least, most = ROUNDS
-        turn = sum(once[name] * repeats[name] for name in calls)
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(max(least, min(most, int(seconds / turn)))):
-            for name, call in calls.items():
-                times[name].append(sample(call, repeats[name]))
-    return {name: statistics.median(samples) for name, samples in times.items()}
+        slow = {name for name, t in once.items() if t > SLOW * min(once.values())}
+        turn = {name: t * repeats[name] for name, t in once.items()}
+        left = seconds - SLOW_ROUNDS * sum(turn[name] for name in slow)
+        rounds = int(left / sum(turn[name] for name in contestants if name not in slow))
+        times: Times = {name: [] for name in contestants}
+        for i in range(max(least, min(most, rounds))):
+            for name, who in contestants.items():
+                if i < SLOW_ROUNDS or name not in slow:
+                    times[name].append(sample(who, repeats[name]))
+    return times
+
+
+def ratio(times: Times, name: str, to: str) -> float:
+    """The median over the turns of one call's time by another's."""
+    return statistics.median(a / b for a, b in zip(times[name], times[to], strict=False))
 
 
 def _processor() -> str:
@@ -58,7 +81,7 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def machine() -> dict[str, object]:
+def machine() -> dict[str, Any]:
     """Give processor, cores, instruction set and versions."""
     affinity = getattr(os, "sched_getaffinity", None)
     versions = {"python": platform.python_version(), "klfast": version("klfast")}

@@ -107,4 +107,15 @@ def test_is_in_the_registry(name):
 def test_has_a_benchmark(name):
     path = BENCHMARKS / f"bench_{name.removeprefix('kl_')}.py"
     assert path.exists()
-    assert re.search(rf"\b{name}\b", path.read_text())
+    text = path.read_text()
+    assert re.search(rf"\b{name}\b", text)
+    for dtype in DTYPES:
+        assert f'"{dtype}"' in text, f"no work in {dtype}"
+    assert "floor=" in text, "no floor to hold"
+
+
+@each
+def test_has_peers(name):
+    family = name.removeprefix("kl_")
+    libraries = re.findall(rf"def (\w+)_{family}\(", (BENCHMARKS / "peers.py").read_text())
+    assert len(libraries) >= 4, libraries
