@@ -116,15 +116,27 @@ cdef inline void normal_runs(const real **x, const npy_intp *step, int n, int fi
 
 cdef void normal_loop(const real **x, const npy_intp *step, int n, int first, const Row *row,
                       real *doubts, LaneSums *into) noexcept nogil:
-    """The common pairs of parametrisations have loops of their own."""
-    if row.spread_p == Spread.SCALE and row.spread_q == Spread.SCALE:
+    """Every pair of parametrisations has a loop of its own; mixed ones only in double."""
+    cdef int p = row.spread_p, q = row.spread_q
+    if p == Spread.SCALE and q == Spread.SCALE:
         normal_runs(x, step, n, first, Spread.SCALE, Spread.SCALE, doubts, into)
-    elif row.spread_p == Spread.VARIANCE and row.spread_q == Spread.VARIANCE:
+    elif p == Spread.VARIANCE and q == Spread.VARIANCE:
         normal_runs(x, step, n, first, Spread.VARIANCE, Spread.VARIANCE, doubts, into)
-    elif row.spread_p == Spread.LOG_VARIANCE and row.spread_q == Spread.LOG_VARIANCE:
+    elif p == Spread.LOG_VARIANCE and q == Spread.LOG_VARIANCE:
         normal_runs(x, step, n, first, Spread.LOG_VARIANCE, Spread.LOG_VARIANCE, doubts, into)
-    else:
-        normal_runs(x, step, n, first, row.spread_p, row.spread_q, doubts, into)
+    elif real is double:
+        if p == Spread.SCALE and q == Spread.VARIANCE:
+            normal_runs(x, step, n, first, Spread.SCALE, Spread.VARIANCE, doubts, into)
+        elif p == Spread.SCALE:
+            normal_runs(x, step, n, first, Spread.SCALE, Spread.LOG_VARIANCE, doubts, into)
+        elif p == Spread.VARIANCE and q == Spread.SCALE:
+            normal_runs(x, step, n, first, Spread.VARIANCE, Spread.SCALE, doubts, into)
+        elif p == Spread.VARIANCE:
+            normal_runs(x, step, n, first, Spread.VARIANCE, Spread.LOG_VARIANCE, doubts, into)
+        elif q == Spread.SCALE:
+            normal_runs(x, step, n, first, Spread.LOG_VARIANCE, Spread.SCALE, doubts, into)
+        else:
+            normal_runs(x, step, n, first, Spread.LOG_VARIANCE, Spread.VARIANCE, doubts, into)
 
 
 cdef void normal_block(const real **x, int n, const Row *row, Sums *into) noexcept nogil:
