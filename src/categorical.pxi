@@ -86,7 +86,7 @@ cdef inline real gap(real a, real b, real shift, real *rest) noexcept nogil:
 cdef inline real clamped_exp(real x, real rest) noexcept nogil:
     """e^(x + rest): 0 below the safe range, infinity above; NaN counts as above."""
     cdef real safe = <real> safe_exponent(x)
-    cdef bint within = -safe < x < safe
+    cdef bint within = (x > -safe) & (x < safe)
     cdef real value = exp(smaller(larger(x, -safe), safe), rest if within else <real> 0)
     value = value if not x <= -safe else <real> 0
     return value if x < safe else <real> INFINITY
@@ -134,8 +134,7 @@ cdef inline void weigh(int loop, const real *a, const real *b, npy_intp step_a, 
                        int first, const real *constants, real *weights, real *found) noexcept nogil:
     """The weights of n terms of each lane, 0 for those before `first`; adds to what was `found`."""
     cdef int lane, i
-    cdef real w
-    cdef bint counts
+    cdef real w, low, high, inf = <real> INFINITY, nan = <real> NAN
     cdef real weight[LANES]
     cdef real total[LANES]
     cdef real moment[LANES]
@@ -151,15 +150,15 @@ cdef inline void weigh(int loop, const real *a, const real *b, npy_intp step_a, 
             if first:
                 weight[lane] = weight[lane] if lane >= first else <real> 0
             w = a[i * step_a + lane] - b[i * step_b + lane]
+            low = high = w
+            if loop == Loop.FAR:  # what has no weight on both sides does not count
+                w = w if b[i * step_b + lane] > -inf else nan
+                w = w if weight[lane] > 0 else nan
+                low, high = w if w == w else inf, w if w == w else -inf
+                w = w if w == w else <real> 0
             total[lane] += weight[lane]
-            if loop == Loop.FAR:
-                counts = (weight[lane] > 0) & (b[i * step_b + lane] > -<real> INFINITY)
-                lowest[lane] = smaller(w, lowest[lane]) if counts else lowest[lane]
-                highest[lane] = larger(w, highest[lane]) if counts else highest[lane]
-                w = w if counts else <real> 0
-            else:
-                lowest[lane], highest[lane] = smaller(w, lowest[lane]), larger(w, highest[lane])
             moment[lane] += weight[lane] * w
+            lowest[lane], highest[lane] = smaller(low, lowest[lane]), larger(high, highest[lane])
         copy(weight, weights + i * LANES)
     copy(total, &found[WEIGHT])
     copy(moment, &found[MOMENT])
@@ -191,9 +190,9 @@ cdef inline real far_term(real a, real b, real p, const real *constants, int lan
     q = clamped_exp(q, rest) if b != masked else <real> 0
     y[0] = gap(x, z, shift, &y_rest)
     y[0] = product(y[0], y_rest, beta, beta_rest, &y_rest)
-    near_y = smaller(larger(y[0], -safe), safe / 2)
+    near_y = smaller(larger(y[0], -safe), <real> (safe_exponent(masked) / 2))
     term = p * phi(near_y, y_rest) if near_y == y[0] else (q - p) - p * y[0]
-    infinite[0] = 1 if b == masked and a != masked else infinite[0]
+    infinite[0] = <real> 1 if (b == masked) & (a != masked) else infinite[0]
     return term if p > 0 else q
 
 
@@ -399,7 +398,8 @@ cdef void categorical_columns(const real **x, const npy_intp *step, int n,
                 into.sums.divergence[lane] = sums.divergence[lane]
                 into.sums.drift[lane] = sums.drift[lane]
     for lane in range(LANES):
-        into.doubtful[lane] |= loops[lane] == Loop.FAR and infinite[lane] > 0
+        if infinite[lane] > 0 and loops[lane] == Loop.FAR:
+            into.doubtful[lane] = 1
 
 
 cdef inline double log_sum_exp(const Row *row, Watch *watch, int operand, double peak) noexcept nogil:

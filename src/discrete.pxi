@@ -210,7 +210,8 @@ cdef void discrete_columns(const real **x, const npy_intp *step, int n, bint nor
     discrete_loop(x[0], x[1], step[0], step[1], n, 0, True, normalize, ratios, floor, lowest,
                   &into.sums)
     for lane in range(LANES):
-        into.doubtful[lane] |= out_of_range(lowest[lane], into.sums.weight[lane], <real> 0)
+        if out_of_range(lowest[lane], into.sums.weight[lane], <real> 0):
+            into.doubtful[lane] = 1
 
 
 cdef void totals(const real *x, npy_intp step, int n, double *lanes) noexcept nogil:
@@ -225,15 +226,16 @@ cdef void totals(const real *x, npy_intp step, int n, double *lanes) noexcept no
     fold(sums, lanes)
 
 
-cdef inline bint is_usable(double ratio) noexcept nogil:
-    """Whether products with the ratio stay in the fast formula's range."""
-    return (9.5e-7 < ratio) & (ratio < 1.05e6)
+cdef inline double usable(double ratio) noexcept nogil:
+    """1, which needs no scaling, where products with the ratio leave the fast formula's range."""
+    ratio = ratio if ratio > 9.5e-7 else 1
+    return ratio if ratio < 1.05e6 else 1
 
 
 cdef inline bint discrete_refine(const Sums *sums, double *ratio) noexcept nogil:
     """The exact ratio of the sums; False when it is out of the fast formula's range."""
     ratio[0] *= sums.weight / (sums.weight + (sums.divergence + sums.drift))
-    return is_usable(ratio[0])
+    return ratio[0] == usable(ratio[0])
 
 
 cdef inline double plain_sum(double weight, double divergence, double drift,

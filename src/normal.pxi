@@ -170,7 +170,7 @@ cdef void normal_columns(const real **x, const npy_intp *step, int n, const Row 
     normal_loop(x, step, n, 0, row, doubts, &into.sums)
     for lane in range(LANES):
         into.sums.divergence[lane] *= 0.5
-        into.doubtful[lane] |= doubts[lane] > 0
+        into.doubtful[lane] = 1 if doubts[lane] > 0 else into.doubtful[lane]
 
 
 cdef inline double log_variance(double x, int spread) noexcept nogil:

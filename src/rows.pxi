@@ -13,10 +13,10 @@ from numpy cimport npy_intp
 from gufunc cimport Batch, Kernel, Plan, Watch, look_for_signals
 from sums cimport (
     BLOCK, LANES, MAX_OPERANDS, NARROW_STRIP, SHORT_ROW, STRIP, Family, Format, LaneParts, LaneSums, Row,
-    Sums, add, are_finite, clear, clear_lanes, combine, divergence_of, round_off, well_conditioned,
+    Sums, add, clear, clear_lanes, conditioning, divergence_of, round_off,
 )
 from vecmath cimport (
-    floats_from_bfloat16, floats_from_float16, from_bfloat16, from_float16, real,
+    INFINITY, exp, floats_from_bfloat16, floats_from_float16, from_bfloat16, from_float16, phi, real,
 )
 
 cdef extern from "transpose.h" nogil:
@@ -95,6 +95,63 @@ cdef inline void load_block(const Row *row, npy_intp start, int n, real *buffer,
         load_copy(row, start, n, buffer, x)
 
 
+# Parts of one row, each relative to a shift and a peak of its own.
+
+cdef inline double any_exp(double x) noexcept nogil:
+    """e^x, infinity beyond 700. 1 ulp."""
+    cdef double value = exp(max(-700.0, min(x, 700.0)), 0.0)
+    return value if x < 700 else INFINITY
+
+
+cdef void add_part(Sums *into, const Sums *part, double beta) noexcept nogil:
+    """Add a part, made relative to `into`'s shift and peak. With d the change of the shift,
+        phi(y + d) = e^d phi(y) + phi(d) + (e^d - 1) y."""
+    cdef double d = (into.shift - part.shift) * beta, fall = (part.peak - into.peak) * beta
+    cdef double factor, grown, between
+    cdef Sums rounded
+    cdef int i
+    into.doubtful |= part.doubtful
+    if d == 0 and fall == 0:
+        add(into, part.weight, part.divergence, part.drift, part.direct)
+        for i in range(4):
+            into.rest[i] += part.rest[i]
+        return
+    rounded = part[0]
+    round_off(&rounded)
+    factor, grown = any_exp(fall), any_exp(fall + d)
+    if rounded.weight == 0:
+        add(into, 0, grown * rounded.divergence, 0, 0)
+        return
+    between = phi(d, 0.0) if -700 < d < 700 else any_exp(d) - 1 - d
+    add(into, factor * rounded.weight, grown * rounded.divergence + (
+            factor * between * rounded.weight + (grown - factor) * rounded.drift),
+        factor * (rounded.drift + d * rounded.weight), 0)
+
+
+cdef void combine(const Sums *parts, npy_intp n, double beta, Sums *whole) noexcept nogil:
+    """The sums of a whole from those of its parts, relative to the mean of their shifts: by the chain
+    rule of divergences, nothing cancels."""
+    cdef double weight = 0, mean = 0, share
+    cdef npy_intp i
+    clear(whole)
+    whole.peak = -INFINITY
+    for i in range(n):
+        if parts[i].weight > 0:
+            whole.peak = max(whole.peak, parts[i].peak)
+    if whole.peak == -INFINITY:
+        whole.peak = 0
+    for i in range(n):
+        if parts[i].weight > 0:
+            share = parts[i].weight
+            if parts[i].peak != whole.peak:
+                share *= any_exp((parts[i].peak - whole.peak) * beta)
+            weight += share
+            mean += share * (parts[i].shift - parts[0].shift)
+    whole.shift = parts[0].shift + (mean / weight if weight > 0 else 0)
+    for i in range(n):
+        add_part(whole, &parts[i], beta)
+
+
 # One row.
 
 cdef inline int block_length(npy_intp start, npy_intp stop) noexcept nogil:
@@ -168,21 +225,22 @@ cdef void sum_row(const Row *row, double ratio, Watch *watch, Sums *sums,
 
 # What the sums stand for.
 
-cdef bint finish(const Row *row, const Sums *sums, double *value) noexcept nogil:
-    """The value that the sums stand for; False when it is ill-conditioned."""
+cdef inline double finish(const Row *row, double *value, double weight, double divergence,
+                          double drift, double direct) noexcept nogil:
+    """The value that the sums stand for; returns its conditioning, not negative where it is good."""
+    cdef double total = weight + divergence + drift
+    cdef double finite = 1 if total - total == 0 else -1
     if row.family == Family.NORMAL:
-        value[0] = sums.divergence
-        return True
+        value[0] = divergence
+        return finite
     if not row.normalize:
-        value[0] = plain_sum(sums.weight, sums.divergence, sums.drift, sums.direct)
-        return True
-    if not sums.weight > 0:
-        return False
+        value[0] = plain_sum(weight, divergence, drift, direct)
+        return finite
+    value[0] = divergence_of(weight, divergence, drift)
     if row.length == 1:
         value[0] = 0
-        return True
-    value[0] = divergence_of(sums.weight, sums.divergence, sums.drift)
-    return well_conditioned(row.family, value[0], sums.weight, sums.divergence, sums.drift)
+        return finite if weight > 0 else -1
+    return conditioning(row.family, value[0], weight, divergence, drift)
 
 
 cdef bint fast_value(const Row *row, Watch *watch, double *value,
@@ -197,9 +255,9 @@ cdef bint fast_value(const Row *row, Watch *watch, double *value,
         if watch.stop:
             return True
         round_off(&sums)
-        if sums.doubtful or not are_finite(sums.weight, sums.divergence, sums.drift):
+        if sums.doubtful:
             return False
-        if finish(row, &sums, value):
+        if finish(row, value, sums.weight, sums.divergence, sums.drift, sums.direct) >= 0:
             return True
         if row.family != Family.DISCRETE or not discrete_refine(&sums, &ratio):
             return False
@@ -321,8 +379,7 @@ cdef void lane_ratios(const Rows *rows, real *buffer, const real **x, npy_intp *
         totals(x[1], step[1], n, total[1])
         start += n
     for lane in range(LANES):
-        ratio[lane] = total[0][lane] / total[1][lane]
-        ratio[lane] = ratio[lane] if is_usable(ratio[lane]) else 1
+        ratio[lane] = usable(total[0][lane] / total[1][lane])
 
 
 cdef void sum_strips(const Rows *rows, real *buffer, LaneParts *parts) noexcept nogil:
@@ -348,7 +405,7 @@ cdef void sum_strips(const Rows *rows, real *buffer, LaneParts *parts) noexcept 
         parts.sums.direct[lane], parts.sums.rest[lane] = whole[lane].direct, 0
 
 
-cdef inline void add_lane(Sums *whole, const LaneParts *part, int lane, bint more) noexcept nogil:
+cdef void add_lane(Sums *whole, const LaneParts *part, int lane, bint more) noexcept nogil:
     """Combine what there is of a row with its next part."""
     cdef Sums pair[2]
     cdef Sums *sums = &pair[1] if more else whole
@@ -362,40 +419,36 @@ cdef inline void add_lane(Sums *whole, const LaneParts *part, int lane, bint mor
         combine(pair, 2, part.beta[lane], whole)
 
 
-cdef inline void finish_lanes(const Row *row, const LaneParts *parts, double *values,
-                              bint *trusted) noexcept nogil:
-    """As `finish`, for LANES rows, and whether their sums are sound."""
-    cdef const LaneSums *sums = &parts.sums
+cdef inline void finish_lanes_of(const Row *row, const LaneParts *parts, double *values,
+                                 double *conditions) noexcept nogil:
     cdef int lane
+    cdef double value, condition
     for lane in range(LANES):
-        trusted[lane] = (parts.doubtful[lane] == 0) & are_finite(
-            sums.weight[lane], sums.divergence[lane], sums.drift[lane])
-    if row.family == Family.NORMAL:
-        for lane in range(LANES):
-            values[lane] = sums.divergence[lane]
-        return
-    if not row.normalize:
-        for lane in range(LANES):
-            values[lane] = plain_sum(
-                sums.weight[lane], sums.divergence[lane], sums.drift[lane] + sums.rest[lane],
-                sums.direct[lane])
-        return
-    for lane in range(LANES):
-        values[lane] = divergence_of(sums.weight[lane], sums.divergence[lane], sums.drift[lane])
-    for lane in range(LANES):
-        trusted[lane] &= sums.weight[lane] > 0
-    if row.length == 1:
-        for lane in range(LANES):
-            values[lane] = 0
-        return
-    for lane in range(LANES):
-        trusted[lane] &= well_conditioned(
-            row.family, values[lane], sums.weight[lane], sums.divergence[lane], sums.drift[lane])
+        condition = finish(
+            row, &value, parts.sums.weight[lane], parts.sums.divergence[lane],
+            parts.sums.drift[lane] + parts.sums.rest[lane], parts.sums.direct[lane])
+        values[lane] = value
+        conditions[lane] = condition if parts.doubtful[lane] == 0 else -1
+
+
+cdef void finish_lanes(const Row *row, const LaneParts *parts, double *values,
+                       double *conditions) noexcept nogil:
+    """As `finish`, for LANES rows; families apart, so that each is packed."""
+    cdef Row fixed = row[0]
+    if row.family == Family.CATEGORICAL and row.length > 1:
+        fixed.family, fixed.normalize, fixed.length = Family.CATEGORICAL, True, 2
+        finish_lanes_of(&fixed, parts, values, conditions)
+    elif row.family == Family.DISCRETE and row.normalize and row.length > 1:
+        fixed.family, fixed.normalize, fixed.length = Family.DISCRETE, True, 2
+        finish_lanes_of(&fixed, parts, values, conditions)
+    else:
+        finish_lanes_of(row, parts, values, conditions)
 
 
 cdef void rows_side_by_side(const Rows *rows, LaneParts *parts, double *values,
-                            bint *trusted, real of_type) noexcept nogil:
-    """The values of LANES rows, and which of them the fast formulas vouch for."""
+                            double *conditions, real of_type) noexcept nogil:
+    """The values of LANES rows; those with a negative condition the fast formulas do not vouch
+    for."""
     cdef real buffer[MAX_OPERANDS * NARROW_STRIP * LANES]
     cdef const Row *row = &rows.first
     cdef const real *x[MAX_OPERANDS]
@@ -404,7 +457,7 @@ cdef void rows_side_by_side(const Rows *rows, LaneParts *parts, double *values,
     for lane in range(LANES):
         parts.ratio[lane] = 1
         parts.shift[lane] = parts.peak[lane] = 0
-        parts.doubtful[lane] = False
+        parts.doubtful[lane] = 0
     load_strip(rows, 0, strip_length(rows, 0), buffer, x, step)
     if row.family == Family.DISCRETE and row.normalize:
         lane_ratios(rows, buffer, x, step, parts.ratio)
@@ -412,7 +465,7 @@ cdef void rows_side_by_side(const Rows *rows, LaneParts *parts, double *values,
         columns(row, x, step, <int> row.length, parts)
     else:
         sum_strips(rows, buffer, parts)
-    finish_lanes(row, parts, values, trusted)
+    finish_lanes(row, parts, values, conditions)
 
 
 # The kernel that the gufuncs carry.
@@ -493,7 +546,7 @@ cdef inline int rows_in_groups(const Batch *batch, npy_intp first, npy_intp last
     cdef Rows rows
     cdef LaneParts parts
     cdef double values[LANES]
-    cdef bint trusted[LANES]
+    cdef double conditions[LANES]
     cdef bint short = is_short(batch)
     for operand in range(MAX_OPERANDS):
         rows.outer[operand] = batch.outer[operand]
@@ -508,9 +561,9 @@ cdef inline int rows_in_groups(const Batch *batch, npy_intp first, npy_intp last
         if kernel.family == Family.CATEGORICAL:
             for lane in range(LANES):
                 parts.beta[lane] = inverse_temperature(batch, first + min(lane, rows.used - 1))
-        rows_side_by_side(&rows, &parts, values, trusted, of_type)
+        rows_side_by_side(&rows, &parts, values, conditions, of_type)
         for lane in range(rows.used):
-            if not trusted[lane]:
+            if not conditions[lane] >= 0:
                 row = row_at(batch, first + lane, kernel)
                 values[lane] = row_value(&row, watch, &status, of_type)
             store(batch.operands[out] + (first + lane) * batch.outer[out], rows.first.format,

@@ -11,8 +11,8 @@ close to Q. A shift that is off costs no exactness, only conditioning.
 from libc.math cimport fabs
 from numpy cimport npy_intp
 from vecmath cimport (
-    INFINITY, LN2, atanh_tail, exp, from_bfloat16, from_float16, match_exponent, phi, ratio_exponent,
-    real, smaller,
+    LN2, atanh_tail, from_bfloat16, from_float16, larger, match_exponent, ratio_exponent, real,
+    smaller,
 )
 
 cdef enum:
@@ -54,7 +54,7 @@ ctypedef struct LaneParts:      # of LANES rows: a part of each
     double peak[LANES]
     double beta[LANES]          # categorical: 1/T
     double ratio[LANES]         # discrete: q' = ratio q
-    bint doubtful[LANES]
+    double doubtful[LANES]      # 0 or 1, for vectors
 
 
 cdef inline void clear(Sums *sums) noexcept nogil:
@@ -128,11 +128,6 @@ cdef inline double largest(const real *lanes) noexcept nogil:
     return -least(negative)
 
 
-cdef inline bint are_finite(double weight, double divergence, double drift) noexcept nogil:
-    cdef double total = weight + divergence + drift
-    return total - total == 0
-
-
 cdef inline void add_lanes(Sums *into, const LaneSums *lanes) noexcept nogil:
     """Add the lanes of one row."""
     add(into, across(lanes.weight), across(lanes.divergence), across(lanes.drift), 0)
@@ -195,73 +190,20 @@ cdef inline double divergence_of(double weight, double divergence, double drift)
     return value if not value < 0 else 0.0
 
 
-cdef inline bint well_conditioned(int family, double value, double weight, double divergence,
-                                  double drift) noexcept nogil:
-    """Whether rounding errors of the sums are at most doubled. D/W - (u - log1p(u)): the correction
-    takes no more than half, and an error of u, which counts u/(1 + u) times, is small. Or
-    log1p(u) - Y/W, where the drift was summed itself: it is no larger than the value. False for
-    NaN."""
+cdef inline double conditioning(int family, double value, double weight, double divergence,
+                                double drift) noexcept nogil:
+    """Not negative where the sums are finite and their rounding errors are at most doubled, as
+    arithmetic that vectors can follow. D/W - (u - log1p(u)): the correction takes no more than
+    half, and an error of u, which counts u/(1 + u) times, is small. Or log1p(u) - Y/W, where the
+    drift was summed itself: it is no larger than the value."""
     cdef double g = divergence / weight, y = fabs(drift / weight)
     cdef double u = (divergence + drift) / weight
-    cdef bint near = (2 * value >= g) & ((g + y) * fabs(u) <= value * (1 + u))
-    return near | ((family == CATEGORICAL) & (u > 0.5) & (y <= value))
-
-
-# Parts of one row, each relative to a shift and a peak of its own.
-
-cdef inline double any_exp(double x) noexcept nogil:
-    """e^x, infinity beyond 700. 1 ulp."""
-    cdef double value = exp(max(-700.0, min(x, 700.0)), 0.0)
-    return value if x < 700 else INFINITY
-
-
-cdef inline void add_part(Sums *into, const Sums *part, double beta) noexcept nogil:
-    """Add a part, made relative to `into`'s shift and peak. With d the change of the shift,
-        phi(y + d) = e^d phi(y) + phi(d) + (e^d - 1) y."""
-    cdef double d = (into.shift - part.shift) * beta, fall = (part.peak - into.peak) * beta
-    cdef double factor, grown, between
-    cdef Sums rounded
-    cdef int i
-    into.doubtful |= part.doubtful
-    if d == 0 and fall == 0:
-        add(into, part.weight, part.divergence, part.drift, part.direct)
-        for i in range(4):
-            into.rest[i] += part.rest[i]
-        return
-    rounded = part[0]
-    round_off(&rounded)
-    factor, grown = any_exp(fall), any_exp(fall + d)
-    if rounded.weight == 0:
-        add(into, 0, grown * rounded.divergence, 0, 0)
-        return
-    between = phi(d, 0.0) if -700 < d < 700 else any_exp(d) - 1 - d
-    add(into, factor * rounded.weight, grown * rounded.divergence + (
-            factor * between * rounded.weight + (grown - factor) * rounded.drift),
-        factor * (rounded.drift + d * rounded.weight), 0)
-
-
-cdef inline void combine(const Sums *parts, npy_intp n, double beta, Sums *whole) noexcept nogil:
-    """The sums of a whole from those of its parts, relative to the mean of their shifts: by the chain
-    rule of divergences, nothing cancels."""
-    cdef double weight = 0, mean = 0, share
-    cdef npy_intp i
-    clear(whole)
-    whole.peak = -INFINITY
-    for i in range(n):
-        if parts[i].weight > 0:
-            whole.peak = max(whole.peak, parts[i].peak)
-    if whole.peak == -INFINITY:
-        whole.peak = 0
-    for i in range(n):
-        if parts[i].weight > 0:
-            share = parts[i].weight
-            if parts[i].peak != whole.peak:
-                share *= any_exp((parts[i].peak - whole.peak) * beta)
-            weight += share
-            mean += share * (parts[i].shift - parts[0].shift)
-    whole.shift = parts[0].shift + (mean / weight if weight > 0 else 0)
-    for i in range(n):
-        add_part(whole, &parts[i], beta)
+    cdef double margin = smaller(2 * value - g, value * (1 + u) - (g + y) * fabs(u))
+    if family == CATEGORICAL:
+        margin = larger(margin, smaller(value - y, u - 0.5))
+    cdef double total = weight + divergence + drift
+    margin = margin if weight > 0 else -1
+    return margin if total - total == 0 else -1
 
 
 cdef enum Format:

@@ -248,7 +248,7 @@ static inline double exp_pair_f64(double x, double *rest) {
 static inline float from_float16(uint16_t h) {
     uint32_t magnitude = (uint32_t)(h & 0x7fffu) << 13;
     float x = from_bits_f32(magnitude) * 0x1p112f;
-    uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
+    uint32_t special = x >= 0x1p16f ? 0x7f800000u : 0u; /* infinity or NaN */
     return from_bits_f32(bits_f32(x) | special | (uint32_t)(h & 0x8000u) << 16);
 }
 static inline float from_bfloat16(uint16_t b) { return from_bits_f32((uint32_t)b << 16); }
