@@ -14,11 +14,11 @@ plainest, the first that is good enough for a block:
 e^a has the same bits in each.
 """
 
-from gufunc cimport INVALID, Watch, is_unwanted
+from gufunc cimport Watch, is_unwanted
 from libc.math cimport exp as libm_exp, log
 from numpy cimport npy_intp
 from sums cimport (
-    BLOCK, LANES, STRIP, LaneParts, LaneSums, Row, Sums, across, add, add_lanes, clear, clear_lanes, copy,
+    BLOCK, LANES, STRIP, LaneParts, LaneSums, Row, Sums, Trait, across, add, add_lanes, clear, clear_lanes, copy,
     divergence_of, element, fill, fold, largest, least, round_off, run_length, two_sum,
 )
 from vecmath cimport (
@@ -402,6 +402,16 @@ cdef void categorical_columns(const real **x, const npy_intp *step, int n,
             into.doubtful[lane] = 1
 
 
+cdef inline double peak_of(const Row *row, Watch *watch, int operand) noexcept nogil:
+    cdef double peak = -INFINITY
+    cdef npy_intp i
+    for i in range(row.length):
+        if is_unwanted(watch, i):
+            return NAN
+        peak = larger(element(row, operand, i), peak)
+    return peak
+
+
 cdef inline double log_sum_exp(const Row *row, Watch *watch, int operand, double peak) noexcept nogil:
     """log of the sum of exp((x - peak)/T)."""
     cdef double x, result = 0, rest = 0
@@ -414,31 +424,39 @@ cdef inline double log_sum_exp(const Row *row, Watch *watch, int operand, double
     return log(result + rest)
 
 
-cdef inline double categorical_hard_value(const Row *row, Watch *watch, int *status) noexcept nogil:
-    """Bad values, p > 0 where q = 0, and rows where no guess of the shift came near."""
-    cdef double a, b, peak_a = -INFINITY, peak_b = -INFINITY
-    cdef bint infinite = False
-    cdef npy_intp i
-    for i in range(row.length):
-        if is_unwanted(watch, i):
-            return NAN
-        a, b = element(row, 0, i), element(row, 1, i)
-        if a != a or b != b:
-            return NAN
-        infinite |= a > -INFINITY and b == -INFINITY
-        peak_a, peak_b = larger(a, peak_a), larger(b, peak_b)
-    if not (-INFINITY < peak_a < INFINITY and -INFINITY < peak_b < INFINITY):
-        status[0] |= INVALID
-        return NAN
-    if infinite:
-        return INFINITY
-    return categorical_hard_divergence(row, watch, peak_a, peak_b)
+cdef int categorical_traits(const double **x, int n) noexcept nogil:
+    """Of n elements, LANES or more once padded."""
+    cdef double a, b
+    cdef double peak_a[LANES]
+    cdef double peak_b[LANES]
+    cdef double missing[LANES]
+    cdef double infinite[LANES]
+    cdef int lane, step, at
+    for lane in range(LANES):
+        missing[lane] = infinite[lane] = 0
+        peak_a[lane] = peak_b[lane] = -INFINITY
+    for step in range((n + LANES - 1) // LANES):
+        at = min(step * LANES, n - LANES)
+        for lane in range(LANES):
+            a, b = x[0][at + lane], x[1][at + lane]
+            missing[lane] = missing[lane] if a == a else 1
+            missing[lane] = missing[lane] if b == b else 1
+            peak_a[lane], peak_b[lane] = larger(a, peak_a[lane]), larger(b, peak_b[lane])
+            b = b if a > -INFINITY else 0
+            infinite[lane] = infinite[lane] if b > -INFINITY else 1
+    a, b = largest(peak_a), largest(peak_b)
+    return (
+        (Trait.HAS_NAN if largest(missing) > 0 else 0)
+        | (Trait.HAS_BAD if larger(a, b) == INFINITY else 0)
+        | (Trait.HAS_INFINITE if largest(infinite) > 0 else 0)
+        | (Trait.HAS_P if a > -INFINITY else 0) | (Trait.HAS_Q if b > -INFINITY else 0))
 
 
-cdef inline double categorical_hard_divergence(const Row *row, Watch *watch, double peak_a,
-                                               double peak_b) noexcept nogil:
-    """The formula at the head with the exact shift, one element at a time."""
+cdef inline double categorical_hard_value(const Row *row, Watch *watch) noexcept nogil:
+    """Where no shift of a block came near: the formula at the head with the exact shift, one element
+    at a time."""
     cdef double beta = row.inverse_temperature, a, b, p, q, y, drift
+    cdef double peak_a = peak_of(row, watch, 0), peak_b = peak_of(row, watch, 1)
     cdef double lse_a = log_sum_exp(row, watch, 0, peak_a), lse_b = log_sum_exp(row, watch, 1, peak_b)
     cdef double shift = (peak_a - peak_b) + (lse_a - lse_b) / beta
     cdef npy_intp i

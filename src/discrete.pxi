@@ -13,13 +13,13 @@ As it stands, sum p log(p/q) = G + (Sp - Sq), or the sum of p (e ln2 + 2 atanh(s
 the smaller terms.
 """
 
-from gufunc cimport INVALID, Watch, is_unwanted
+from gufunc cimport Watch, is_unwanted
 from libc.math cimport fabs, frexp, ldexp
 from numpy cimport npy_intp
 from sums cimport (
-    LANES, LaneParts, LaneSums, Row, Sums, across, add, add_lanes, add_lanes_exactly, clear,
-    clear_lanes, copy, divergence_of, element, fill, fold, keep_from, least, run_length, round_off,
-    two_sum,
+    LANES, LaneParts, LaneSums, Row, Sums, Trait, across, add, add_lanes, add_lanes_exactly, clear,
+    clear_lanes, copy, divergence_of, element, fill, fold, keep_from, largest, least, run_length,
+    round_off, two_sum,
 )
 from vecmath cimport (
     INFINITY, LN2, NAN, atanh_tail, larger, match_exponent, ratio_exponent, ratio_log, real,
@@ -253,28 +253,41 @@ cdef inline double log_ratio(double p, double q) noexcept nogil:
     return (e + exponent_p - exponent_q) * LN2 + (2 * s + atanh_tail(s))
 
 
-cdef inline double discrete_hard_value(const Row *row, Watch *watch, int *status) noexcept nogil:
-    """Bad values, p > 0 where q = 0, and weights that the fast formula has no range for."""
-    cdef double p, q, largest_p = 0, largest_q = 0
-    cdef bint bad = False, infinite = False
-    cdef npy_intp i
-    for i in range(row.length):
-        if is_unwanted(watch, i):
-            return NAN
-        p, q = element(row, 0, i), element(row, 1, i)
-        if p != p or q != q:
-            return NAN
-        bad |= not (0 <= p < INFINITY and 0 <= q < INFINITY)
-        infinite |= p > 0 and q == 0
-        largest_p, largest_q = larger(p, largest_p), larger(q, largest_q)
-    if bad or row.normalize and (largest_p == 0 or largest_q == 0):
-        status[0] |= INVALID
-        return NAN
-    if infinite:
-        return INFINITY
-    if not row.normalize:
-        return hard_plain_sum(row, watch)
-    return discrete_hard_divergence(row, watch, largest_p, largest_q)
+cdef int discrete_traits(const double **x, int n) noexcept nogil:
+    """Of n elements, LANES or more once padded."""
+    cdef double p, q
+    cdef double lowest[LANES]
+    cdef double highest[LANES]
+    cdef double support[LANES]   # the least q where p > 0
+    cdef double mass_p[LANES]
+    cdef double mass_q[LANES]
+    cdef double missing[LANES]
+    cdef int lane, step, at
+    for lane in range(LANES):
+        lowest[lane] = mass_p[lane] = mass_q[lane] = missing[lane] = 0
+        support[lane] = 1
+    for step in range((n + LANES - 1) // LANES):
+        at = min(step * LANES, n - LANES)
+        for lane in range(LANES):
+            p, q = x[0][at + lane], x[1][at + lane]
+            missing[lane] = missing[lane] if p == p else 1
+            missing[lane] = missing[lane] if q == q else 1
+            lowest[lane] = smaller(smaller(p, q), lowest[lane])
+            mass_p[lane], mass_q[lane] = larger(p, mass_p[lane]), larger(q, mass_q[lane])
+            support[lane] = smaller(q if p > 0 else 1, support[lane])
+    for lane in range(LANES):
+        highest[lane] = larger(mass_p[lane], mass_q[lane])
+    return (
+        (Trait.HAS_NAN if largest(missing) > 0 else 0)
+        | (Trait.HAS_BAD if least(lowest) < 0 or largest(highest) == INFINITY else 0)
+        | (Trait.HAS_INFINITE if least(support) == 0 else 0)
+        | (Trait.HAS_P if largest(mass_p) > 0 else 0)
+        | (Trait.HAS_Q if largest(mass_q) > 0 else 0))
+
+
+cdef inline double discrete_hard_value(const Row *row, Watch *watch) noexcept nogil:
+    """Weights that the fast formula has no range for."""
+    return discrete_hard_divergence(row, watch) if row.normalize else hard_plain_sum(row, watch)
 
 
 cdef inline double hard_plain_sum(const Row *row, Watch *watch) noexcept nogil:
@@ -293,14 +306,19 @@ cdef inline double hard_plain_sum(const Row *row, Watch *watch) noexcept nogil:
     return plain_sum(sums.weight, sums.divergence, sums.drift, sums.direct)
 
 
-cdef inline double discrete_hard_divergence(const Row *row, Watch *watch, double largest_p,
-                                   double largest_q) noexcept nogil:
+cdef inline double discrete_hard_divergence(const Row *row, Watch *watch) noexcept nogil:
     """The formula at the head, one element at a time, weights scaled by powers of two so that the
     largest are near 1 and sums cannot overflow."""
     cdef int up_p, up_q
     cdef double p, q, scaled_q, difference, term, total_p = 0, total_q = 0, ratio
+    cdef double largest_p = 0, largest_q = 0
     cdef npy_intp i
     cdef Sums sums
+    for i in range(row.length):
+        if is_unwanted(watch, i):
+            return NAN
+        largest_p = larger(element(row, 0, i), largest_p)
+        largest_q = larger(element(row, 1, i), largest_q)
     frexp(largest_p, &up_p)
     frexp(largest_q, &up_q)
     for i in range(row.length):

@@ -11,11 +11,11 @@ Every term is right to 8 ulp. Where the sides differ, both are converted to vari
 parts; float32 is then computed in double.
 """
 
-from gufunc cimport INVALID, Watch, is_unwanted
+from gufunc cimport Watch, is_unwanted
 from libc.math cimport exp as libm_exp, expm1, fabs, log
 from numpy cimport npy_intp
 from sums cimport (
-    LANES, LaneParts, LaneSums, Row, Sums, across, add, clear_lanes, copy, element, fold, keep_from,
+    LANES, LaneParts, LaneSums, Row, Sums, Trait, across, add, clear_lanes, copy, element, fold, keep_from,
     run_length,
 )
 from vecmath cimport (
@@ -194,30 +194,34 @@ cdef inline double log_variance_ratio(double x, double y, const Row *row) noexce
     return log_variance(x, row.spread_p) - log_variance(y, row.spread_q)
 
 
-cdef inline double normal_hard_value(const Row *row, Watch *watch, int *status) noexcept nogil:
-    """Bad values, point masses, and variances that the fast formulas have no range for."""
-    cdef double m_p, s_p, m_q, s_q, x, scaled, result = 0
-    cdef bint bad = False, infinite = False
+cdef int normal_traits(const double **x, int n, const Row *row) noexcept nogil:
+    """Of n elements, LANES or more once padded."""
+    cdef double s_p, s_q, mean
+    cdef int i, traits = Trait.HAS_P | Trait.HAS_Q
+    cdef bint bad = False, infinite = False, point_p, point_q
+    for i in range(n):
+        s_p, s_q, mean = x[1][i], x[3][i], fabs(x[0][i]) + fabs(x[2][i])
+        if mean != mean or s_p != s_p or s_q != s_q:
+            return traits | Trait.HAS_NAN
+        point_p, point_q = is_point(s_p, row.spread_p), is_point(s_q, row.spread_q)
+        bad |= fabs(x[0][i]) == INFINITY or fabs(x[2][i]) == INFINITY
+        bad |= not (is_spread(s_p, row.spread_p) and is_spread(s_q, row.spread_q))
+        bad |= point_p and point_q
+        infinite |= point_p or point_q
+    return traits | (Trait.HAS_BAD if bad else 0) | (Trait.HAS_INFINITE if infinite else 0)
+
+
+cdef inline double normal_hard_value(const Row *row, Watch *watch) noexcept nogil:
+    """Variances that the fast formulas have no range for."""
+    cdef double s_p, s_q, x, scaled, result = 0
     cdef npy_intp i
     for i in range(row.length):
         if is_unwanted(watch, i):
             return NAN
-        m_p, s_p = element(row, 0, i), element(row, 1, i)
-        m_q, s_q = element(row, 2, i), element(row, 3, i)
-        if m_p != m_p or s_p != s_p or m_q != m_q or s_q != s_q:
-            return NAN
-        bad |= fabs(m_p) == INFINITY or fabs(m_q) == INFINITY
-        bad |= not (is_spread(s_p, row.spread_p) and is_spread(s_q, row.spread_q))
-        bad |= is_point(s_p, row.spread_p) and is_point(s_q, row.spread_q)
-        infinite |= is_point(s_p, row.spread_p) or is_point(s_q, row.spread_q)
-        if bad or infinite:
-            continue
+        s_p, s_q = element(row, 1, i), element(row, 3, i)
         x = log_variance_ratio(s_p, s_q, row)
-        scaled = m_p - m_q
+        scaled = element(row, 0, i) - element(row, 2, i)
         if scaled != 0:
             scaled = libm_exp(2 * log(fabs(scaled)) - log_variance(s_q, row.spread_q))
         result += 0.5 * ((expm1(x) - x) + scaled)
-    if bad:
-        status[0] |= INVALID
-        return NAN
-    return INFINITY if infinite else result
+    return result

@@ -206,6 +206,13 @@ cdef inline double conditioning(int family, double value, double weight, double 
     return margin if total - total == 0 else -1
 
 
+cdef enum Trait:      # what a row's values decide by themselves
+    HAS_NAN = 1
+    HAS_BAD = 2       # neither NaN nor a value of the family
+    HAS_INFINITE = 4  # a term is +inf
+    HAS_P = 8         # some mass
+    HAS_Q = 16
+
 cdef enum Format:
     FLOAT32
     FLOAT64
