@@ -245,22 +245,26 @@ cdef inline void diverge(int loop, const real *a, const real *b, npy_intp step_a
         weights += length * LANES
 
 
+cdef inline bint is_plain(double lowest, double highest, double beta, real of_type) noexcept nogil:
+    """Whether logits_p in this range need no peak."""
+    return beta == 1 and -offset_limit(of_type) < lowest and highest < offset_limit(of_type)
+
+
 cdef inline int first_loop(double lowest, double highest, double beta, double *peak,
                            real of_type) noexcept nogil:
     """The loop for the weights of logits_p in this range, and the peak: 0, which needs no
     subtraction, where that is safe."""
     peak[0] = 0
-    if beta == 1 and -offset_limit(of_type) < lowest and highest < offset_limit(of_type):
+    if is_plain(lowest, highest, beta, of_type):
         return Loop.PLAIN
     if highest > -INFINITY:
         peak[0] = highest
     return Loop.EXACT if (peak[0] - lowest) * beta < safe_exponent(of_type) else Loop.FAR
 
 
-cdef inline int second_loop(int first, double shift, double lowest, double highest, double beta,
-                            real of_type) noexcept nogil:
-    """The loop for the terms, given that of the weights. NaN and infinities are far."""
-    cdef double farthest = larger(shift - lowest, highest - shift) * beta
+cdef inline int second_loop(int first, double farthest, real of_type) noexcept nogil:
+    """The loop for the terms, given that of the weights and the largest |y|. NaN and infinities are
+    far."""
     if first == Loop.PLAIN and farthest < farthest_near():
         return Loop.NEAR
     if first == Loop.PLAIN and farthest < FARTHEST_PLAIN:
@@ -271,9 +275,15 @@ cdef inline int second_loop(int first, double shift, double lowest, double highe
 cdef inline double choose_shift(double weight, double moment, double lowest, double highest,
                                 double highest_b, real of_type) noexcept nogil:
     """E_P[a - b], exact where a - b is constant; what keeps e^(b + c) in range where P is all 0."""
-    cdef double shift = larger(smaller(moment / weight, highest), lowest) if weight > 0 else -highest_b
-    shift = <double> <real> shift
-    return shift if -INFINITY < shift < INFINITY else 0
+    cdef double shift = larger(smaller(moment / weight, highest), lowest)
+    shift = <double> <real> (shift if weight > 0 else -highest_b)
+    return shift if shift - shift == 0 else 0
+
+
+cdef inline double farthest_from(double shift, double lowest, double highest,
+                                 double beta) noexcept nogil:
+    """The largest |y|."""
+    return larger(shift - lowest, highest - shift) * beta
 
 
 cdef void weigh_loop(int loop, const real *a, const real *b, npy_intp step_a, npy_intp step_b, int n,
@@ -338,7 +348,7 @@ cdef void categorical_block(const real **x, int n, double beta, Sums *into) noex
     into.shift = choose_shift(
         weight, across(&found[MOMENT]), lowest, highest, highest_b, <real> 0)
     fill(&constants[SHIFT], <real> into.shift)
-    loop = second_loop(loop, into.shift, lowest, highest, beta, <real> 0)
+    loop = second_loop(loop, farthest_from(into.shift, lowest, highest, beta), <real> 0)
     fill(infinite, <real> 0)
     clear_lanes(&lanes)
     diverge_loop(
@@ -349,45 +359,59 @@ cdef void categorical_block(const real **x, int n, double beta, Sums *into) noex
     into.doubtful |= loop == Loop.FAR and largest(infinite) > 0
 
 
-cdef void categorical_columns(const real **x, const npy_intp *step, int n,
-                              LaneParts *into) noexcept nogil:
-    """The sums of n <= STRIP elements of each of LANES rows, relative to a shift and a peak of each
-    row's own; elements lie `step` apart. A row's bits do not depend on its neighbours."""
-    cdef real weights[STRIP * LANES]
-    cdef real constants[CONSTANTS]
+cdef int weigh_columns(const real **x, const npy_intp *step, int n, int *loops, real *constants,
+                        real *weights, LaneParts *into) noexcept nogil:
+    """The first phase of LANES rows, and the shifts that it gives. Returns the loop for all of them."""
     cdef real found[FOUND]
-    cdef real infinite[LANES]
     cdef real low[LANES]
     cdef real high[LANES]
     cdef real high_b[LANES]
-    cdef LaneSums sums
-    cdef int lane, loop, widest = Loop.PLAIN
-    cdef int loops[LANES]
-    cdef bint used[Loop.FAR + 1]
+    cdef int lane, widest = Loop.PLAIN
+    fill(high_b, <real> 0)
     ranges(x[0], step[0], n, low, high)
+    if least(into.beta) == 1 and is_plain(least(low), largest(high), largest(into.beta), <real> 0):
+        for lane in range(LANES):
+            loops[lane], into.peak[lane] = Loop.PLAIN, 0
+    else:
+        for lane in range(LANES):
+            loops[lane] = first_loop(
+                low[lane], high[lane], into.beta[lane], &into.peak[lane], <real> 0)
+            widest = max(widest, loops[lane])
     for lane in range(LANES):
-        loops[lane] = first_loop(low[lane], high[lane], into.beta[lane], &into.peak[lane], <real> 0)
-        widest = max(widest, loops[lane])
         constants[PEAK + lane] = <real> into.peak[lane]
         constants[BETA + lane] = <real> into.beta[lane]
         constants[BETA_REST + lane] = <real> (into.beta[lane] - <real> into.beta[lane])
-        infinite[lane] = high_b[lane] = 0
     find_nothing(found)
     weigh_loop(widest, x[0], x[1], step[0], step[1], n, 0, constants, weights, found)
     if widest == Loop.FAR:
         ranges(x[1], step[1], n, low, high_b)
-    for loop in range(Loop.FAR + 1):
-        used[loop] = False
     for lane in range(LANES):
         into.shift[lane] = choose_shift(
             found[WEIGHT + lane], found[MOMENT + lane], found[LOWEST + lane], found[HIGHEST + lane],
             high_b[lane], <real> 0)
         constants[SHIFT + lane] = <real> into.shift[lane]
-        loops[lane] = second_loop(loops[lane], into.shift[lane], found[LOWEST + lane],
-                                  found[HIGHEST + lane], into.beta[lane], <real> 0)
-        used[loops[lane]] = True
+        into.farthest[lane] = farthest_from(
+            into.shift[lane], found[LOWEST + lane], found[HIGHEST + lane], into.beta[lane])
+    return widest
+
+
+cdef inline int common_loop(int first, const double *farthest, real of_type) noexcept nogil:
+    """What `second_loop` says of every row whose weights are plain; FAR where they differ."""
+    cdef int nearest = second_loop(first, least(farthest), of_type)
+    return nearest if second_loop(first, largest(farthest), of_type) == nearest else Loop.FAR
+
+
+cdef void diverge_columns(const real **x, const npy_intp *step, int n, int *loops,
+                          const real *weights, const real *constants, real *infinite,
+                          LaneParts *into) noexcept nogil:
+    """The second phase of LANES rows, each by its own loop."""
+    cdef LaneSums sums
+    cdef int lane, loop, used = 0
+    for lane in range(LANES):
+        loops[lane] = second_loop(loops[lane], into.farthest[lane], <real> 0)
+        used |= 1 << loops[lane]
     for loop in range(Loop.FAR + 1):
-        if not used[loop]:
+        if not used >> loop & 1:
             continue
         clear_lanes(&sums)
         diverge_loop(
@@ -397,9 +421,27 @@ cdef void categorical_columns(const real **x, const npy_intp *step, int n,
                 into.sums.weight[lane] = sums.weight[lane]
                 into.sums.divergence[lane] = sums.divergence[lane]
                 into.sums.drift[lane] = sums.drift[lane]
-    for lane in range(LANES):
-        if infinite[lane] > 0 and loops[lane] == Loop.FAR:
-            into.doubtful[lane] = 1
+                if loop == Loop.FAR and infinite[lane] > 0:
+                    into.doubtful[lane] = 1
+
+
+cdef void categorical_columns(const real **x, const npy_intp *step, int n,
+                              LaneParts *into) noexcept nogil:
+    """The sums of n <= STRIP elements of each of LANES rows, relative to a shift and a peak of each
+    row's own; elements lie `step` apart. A row's bits do not depend on its neighbours."""
+    cdef real weights[STRIP * LANES]
+    cdef real constants[CONSTANTS]
+    cdef real infinite[LANES]
+    cdef int loops[LANES]
+    cdef int common = Loop.FAR
+    fill(infinite, <real> 0)
+    if weigh_columns(x, step, n, loops, constants, weights, into) == Loop.PLAIN:
+        common = common_loop(Loop.PLAIN, into.farthest, <real> 0)
+    if common == Loop.FAR:
+        diverge_columns(x, step, n, loops, weights, constants, infinite, into)
+    else:
+        diverge_loop(common, x[0], x[1], step[0], step[1], n, 0, weights, constants,
+                     infinite, &into.sums)
 
 
 cdef inline double peak_of(const Row *row, Watch *watch, int operand) noexcept nogil:

@@ -204,26 +204,14 @@ cdef void discrete_columns(const real **x, const npy_intp *step, int n, bint nor
     cdef real lowest[LANES]
     cdef int lane
     for lane in range(LANES):
-        ratios[lane] = <real> into.ratio[lane]
-        floor[lane] = smallest_weight(normalize and ratios[lane] != 1, <real> 0)
+        ratios[lane], floor[lane] = <real> into.ratio[lane], smallest_weight(True, <real> 0)
         lowest[lane] = 0
-    discrete_loop(x[0], x[1], step[0], step[1], n, 0, True, normalize, ratios, floor, lowest,
+    discrete_loop(x[0], x[1], step[0], step[1], n, 0, into.scaled, normalize, ratios, floor, lowest,
                   &into.sums)
     for lane in range(LANES):
-        if out_of_range(lowest[lane], into.sums.weight[lane], <real> 0):
-            into.doubtful[lane] = 1
-
-
-cdef void totals(const real *x, npy_intp step, int n, double *lanes) noexcept nogil:
-    """Add n elements of each lane."""
-    cdef int i, lane
-    cdef real sums[LANES]
-    for lane in range(LANES):
-        sums[lane] = 0
-    for i in range(n):
-        for lane in range(LANES):
-            sums[lane] += x[i * step + lane]
-    fold(sums, lanes)
+        into.doubtful[lane] = 1 if lowest[lane] < 0 else into.doubtful[lane]
+        into.doubtful[lane] = (1 if into.sums.weight[lane] >= largest_weight(<real> 0)
+                               else into.doubtful[lane])
 
 
 cdef inline double usable(double ratio) noexcept nogil:
@@ -232,9 +220,10 @@ cdef inline double usable(double ratio) noexcept nogil:
     return ratio if ratio < 1.05e6 else 1
 
 
-cdef inline bint discrete_refine(const Sums *sums, double *ratio) noexcept nogil:
+cdef inline bint discrete_refine(double weight, double divergence, double drift,
+                                 double *ratio) noexcept nogil:
     """The exact ratio of the sums; False when it is out of the fast formula's range."""
-    ratio[0] *= sums.weight / (sums.weight + (sums.divergence + sums.drift))
+    ratio[0] *= weight / (weight + (divergence + drift))
     return ratio[0] == usable(ratio[0])
 
 

@@ -14,7 +14,7 @@ from numpy cimport npy_intp
 from gufunc cimport INVALID, Batch, Kernel, Plan, Watch, look_for_signals
 from sums cimport (
     BLOCK, LANES, MAX_OPERANDS, NARROW_STRIP, SHORT_ROW, STRIP, Family, Format, LaneParts, LaneSums, Row,
-    Sums, Trait, add, clear, clear_lanes, conditioning, divergence_of, round_off,
+    Sums, Trait, add, clear, clear_lanes, conditioning, divergence_of, least, round_off,
 )
 from vecmath cimport (
     INFINITY, NAN, exp, floats_from_bfloat16, floats_from_float16, from_bfloat16, from_float16, phi, real,
@@ -260,7 +260,8 @@ cdef bint fast_value(const Row *row, Watch *watch, double *value,
             return False
         if finish(row, value, sums.weight, sums.divergence, sums.drift, sums.direct) >= 0:
             return True
-        if row.family != Family.DISCRETE or not discrete_refine(&sums, &ratio):
+        if row.family != Family.DISCRETE or not discrete_refine(
+                sums.weight, sums.divergence, sums.drift, &ratio):
             return False
     return False
 
@@ -397,26 +398,6 @@ cdef void columns(const Row *row, const real **x, const npy_intp *step, int n,
         categorical_columns(x, step, n, into)
 
 
-cdef void lane_ratios(const Rows *rows, real *buffer, const real **x, npy_intp *step,
-                      double *ratio) noexcept nogil:
-    """The ratio of the totals of each row; 1, which needs no scaling, where it is out of range. The
-    first strip is loaded."""
-    cdef double total[2][LANES]
-    cdef npy_intp start = 0
-    cdef int n, lane
-    for lane in range(LANES):
-        total[0][lane] = total[1][lane] = 0
-    while start < rows.first.length:
-        n = strip_length(rows, start)
-        if start > 0:
-            load_strip(rows, start, n, buffer, x, step)
-        totals(x[0], step[0], n, total[0])
-        totals(x[1], step[1], n, total[1])
-        start += n
-    for lane in range(LANES):
-        ratio[lane] = usable(total[0][lane] / total[1][lane])
-
-
 cdef void sum_strips(const Rows *rows, real *buffer, LaneParts *parts) noexcept nogil:
     """The sums of LANES rows of more than one strip."""
     cdef const Row *row = &rows.first
@@ -463,6 +444,7 @@ cdef inline void finish_lanes_of(const Row *row, const LaneParts *parts, double 
             row, &value, parts.sums.weight[lane], parts.sums.divergence[lane],
             parts.sums.drift[lane] + parts.sums.rest[lane], parts.sums.direct[lane])
         values[lane] = value
+        condition = condition if condition >= 0 else -1  # NaN too
         conditions[lane] = condition if parts.doubtful[lane] == 0 else -1
 
 
@@ -480,6 +462,39 @@ cdef void finish_lanes(const Row *row, const LaneParts *parts, double *values,
         finish_lanes_of(row, parts, values, conditions)
 
 
+cdef inline bint all_good(const double *conditions) noexcept nogil:
+    return least(conditions) >= 0
+
+
+cdef void sum_rows(const Rows *rows, real *buffer, const real **x, const npy_intp *step,
+                   LaneParts *parts) noexcept nogil:
+    """The sums of LANES rows; their first strip is loaded."""
+    if rows.first.length <= rows.strip:
+        columns(&rows.first, x, step, <int> rows.first.length, parts)
+    else:
+        sum_strips(rows, buffer, parts)
+
+
+cdef void refine_rows(const Rows *rows, real *buffer, const real **x, npy_intp *step,
+                      LaneParts *parts, double *values, double *conditions) noexcept nogil:
+    """Weights of badly conditioned rows again, with the ratios that their sums gave."""
+    cdef double new_values[LANES]
+    cdef double new_conditions[LANES]
+    cdef int lane
+    for lane in range(LANES):
+        if conditions[lane] < 0:
+            discrete_refine(parts.sums.weight[lane], parts.sums.divergence[lane],
+                            parts.sums.drift[lane], &parts.ratio[lane])
+            parts.ratio[lane] = usable(parts.ratio[lane])
+    parts.scaled = True
+    load_strip(rows, 0, strip_length(rows, 0), buffer, x, step)
+    sum_rows(rows, buffer, x, step, parts)
+    finish_lanes(&rows.first, parts, new_values, new_conditions)
+    for lane in range(LANES):
+        if conditions[lane] < 0:
+            values[lane], conditions[lane] = new_values[lane], new_conditions[lane]
+
+
 cdef void rows_side_by_side(const Rows *rows, LaneParts *parts, double *values,
                             double *conditions, real of_type) noexcept nogil:
     """The values of LANES rows; those with a negative condition the fast formulas do not vouch
@@ -489,18 +504,16 @@ cdef void rows_side_by_side(const Rows *rows, LaneParts *parts, double *values,
     cdef const real *x[MAX_OPERANDS]
     cdef npy_intp step[MAX_OPERANDS]
     cdef int lane
+    parts.scaled = False
     for lane in range(LANES):
         parts.ratio[lane] = 1
         parts.shift[lane] = parts.peak[lane] = 0
         parts.doubtful[lane] = 0
     load_strip(rows, 0, strip_length(rows, 0), buffer, x, step)
-    if row.family == Family.DISCRETE and row.normalize:
-        lane_ratios(rows, buffer, x, step, parts.ratio)
-    if row.length <= rows.strip:
-        columns(row, x, step, <int> row.length, parts)
-    else:
-        sum_strips(rows, buffer, parts)
+    sum_rows(rows, buffer, x, step, parts)
     finish_lanes(row, parts, values, conditions)
+    if row.family == Family.DISCRETE and row.normalize and not all_good(conditions):
+        refine_rows(rows, buffer, x, step, parts, values, conditions)
 
 
 # The kernel that the gufuncs carry.
@@ -560,6 +573,18 @@ cdef inline void store(char *at, int format, double value) noexcept nogil:
         (<float *> at)[0] = <float> value
 
 
+cdef inline void store_lanes(char *at, npy_intp outer, int n, int format,
+                             const double *values) noexcept nogil:
+    cdef int lane
+    cdef float *results = <float *> at
+    if n == LANES and outer == sizeof(float) and format != Format.FLOAT64:
+        for lane in range(LANES):
+            results[lane] = <float> values[lane]
+        return
+    for lane in range(n):
+        store(at + lane * outer, format, values[lane])
+
+
 cdef inline int rows_one_by_one(const Batch *batch, npy_intp first, npy_intp last,
                                 const Kernel *kernel, Watch *watch, real of_type) noexcept nogil:
     cdef int out = kernel.n_operands - 1, status = 0
@@ -597,12 +622,12 @@ cdef inline int rows_in_groups(const Batch *batch, npy_intp first, npy_intp last
             for lane in range(LANES):
                 parts.beta[lane] = inverse_temperature(batch, first + min(lane, rows.used - 1))
         rows_side_by_side(&rows, &parts, values, conditions, of_type)
-        for lane in range(rows.used):
-            if not conditions[lane] >= 0:
+        for lane in range(0 if all_good(conditions) else rows.used):
+            if conditions[lane] < 0:
                 row = row_at(batch, first + lane, kernel)
                 values[lane] = row_value(&row, watch, &status, of_type)
-            store(batch.operands[out] + (first + lane) * batch.outer[out], rows.first.format,
-                  values[lane])
+        store_lanes(batch.operands[out] + first * batch.outer[out], batch.outer[out], rows.used,
+                    rows.first.format, values)
         first += LANES
     return status
 

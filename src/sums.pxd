@@ -53,7 +53,9 @@ ctypedef struct LaneParts:      # of LANES rows: a part of each
     double shift[LANES]         # as those of Sums
     double peak[LANES]
     double beta[LANES]          # categorical: 1/T
+    double farthest[LANES]      # categorical: the largest |y|
     double ratio[LANES]         # discrete: q' = ratio q
+    bint scaled                 # whether any is not 1
     double doubtful[LANES]      # 0 or 1, for vectors
 
 
