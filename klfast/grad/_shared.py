@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from klfast import _kernels
-from klfast._arguments import as_array, common_dtype, is_bfloat16, is_lazy
+from klfast._arguments import (
+    as_array,
+    check_axis,
+    check_base,
+    common_dtype,
+    explain,
+    is_bfloat16,
+    is_lazy,
+)
 
 SLAB = 1 << 18  # elements of one argument whose gradients are summed back at a time
 ONE = np.array(1.0)
@@ -27,6 +35,8 @@ def check_wrt(wrt: Any, given: Sequence[str]) -> tuple[str, ...]:
     if not isinstance(wrt, (str, Sequence)) or not all(isinstance(name, str) for name in wrt):
         raise TypeError(f"wrt must be a name or a sequence of names, got {wrt!r}")
     names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    if not names:
+        raise ValueError(f"wrt is empty; wanted at least one of {', '.join(given)}")
     for name in names:
         if name not in given:
             raise ValueError(f"wrt names {name!r}; wanted one of {', '.join(given)}")
@@ -52,54 +62,96 @@ def gradients(
     arrays: Mapping[str, Any],
     wrt: Sequence[str],
     *,
+    shapes: Mapping[str, tuple[int, ...]],
     cores: Sequence[int],
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
-    axis: int = -1,
+    layout: Callable[[Any], Any] = lambda x: x,
     extra: tuple[Any, ...] = (),
     cotangent: Any = None,
-    scale: float = 1.0,
+    unit: float = 1.0,
     out: Any = None,
 ) -> tuple[Any, ...]:
     """
-    (value, *gradients) of the kernel `name`.
+    (value, *gradients) of the kernel `name`, both divided by `unit`.
 
-    `arrays`: all operands in the kernel's order, of one dtype, with their core axes, as many as
-    `cores` says, last; `axis` is where the one core axis was, and belongs in the gradients. `shapes`:
-    the arguments' own shapes where an operand is a view of a broadcast one; `extra`: operands between
-    arrays and cotangent; `scale`: a factor of value and gradients.
+    `arrays`: the kernel's operands in order, of one dtype, their core axes, as many as `cores` says,
+    last. `shapes`: of the arguments, which are those of the gradients; `layout` makes an array of
+    that shape a view that lies as the operand does. `extra`: operands between arrays and cotangent.
     """
-    operands = list(arrays.values())
-    own = [np.shape(x) if shapes is None else shapes[k] for k, x in arrays.items()]
+    names, operands = list(arrays), list(arrays.values())
     batches = [x.shape[: x.ndim - core] for x, core in zip(operands, cores, strict=True)]
     batch = np.broadcast_shapes(*batches, *map(np.shape, extra))
     dtype = np.dtype(np.float64 if operands[0].dtype == np.float64 else np.float32)
-    cotangent = check_cotangent(cotangent, batch)
-    if scale != 1:
-        cotangent = cotangent * scale
-    names = list(arrays)
+    results = check_out(out, [(argument, shapes[argument]) for argument in wrt], dtype)
+    inputs = [*operands, *extra, check_cotangent(cotangent, batch) / unit]
     wanted = sorted(names.index(argument) for argument in wrt)
-    order = [names[i] for i in wanted]
-    results = check_outs(out, wrt, [own[names.index(argument)] for argument in wrt], dtype, axis)
-    targets = []
-    for i in wanted:
-        rank = len(batch) + cores[i]
-        target = results[wrt.index(names[i])]
-        if shapes is not None:  # broadcast before the axis was moved
-            target = target[(None,) * (rank - target.ndim)]
-        target = target if axis == -1 else np.moveaxis(target, axis, -1)
-        targets.append(target[(None,) * (rank - target.ndim)])
     gufunc = _kernels.gradients(name, sum(1 << i for i in wanted))
-    full = [(*batch, *operands[i].shape[operands[i].ndim - cores[i] :]) for i in wanted]
-    inputs = [*operands, *extra, cotangent]
+    targets, full = [], []
+    for i in wanted:
+        rank = operands[i].ndim - cores[i]
+        full.append((*batch, *operands[i].shape[rank:]))
+        target = layout(results[wrt.index(names[i])])
+        targets.append(target[(None,) * (len(full[-1]) - target.ndim)])
     if all(target.shape == shape for target, shape in zip(targets, full, strict=True)):
-        value = gufunc(*inputs, out=(None, *targets)) if order else gufunc(*inputs)
+        value = gufunc(*inputs, out=(None, *targets))
     else:
         value = np.empty(batch, dtype)
-        input_cores = [*cores, *(0 for _ in extra), 0]
-        output_cores = [cores[i] for i in wanted]
-        _sum_back(gufunc, batch, inputs, input_cores, value, targets, full, output_cores)
+        inner = [*cores, *(0 for _ in extra), 0], [cores[i] for i in wanted]
+        sum_back(gufunc, inputs, inner[0], value, targets, full, inner[1])
         value = value[()]
-    return (value if scale == 1 else value * value.dtype.type(scale), *results)
+    return (value if unit == 1 else value / value.dtype.type(unit), *results)
+
+
+def along_axis(
+    name: str,
+    arrays: Mapping[str, Any],
+    wrt: Sequence[str],
+    *,
+    axis: int,
+    extra: tuple[Any, ...] = (),
+    base: float | None = None,
+    cotangent: Any,
+    out: Any,
+) -> tuple[Any, ...]:
+    """For the families that sum over one axis."""
+    unit = 1.0 if base is None else check_base(base)
+    name, operands = same_dtype(name, arrays)
+    axis = check_axis(axis, operands, list(operands.values()))
+
+    def layout(x: Any) -> Any:
+        return x if axis == -1 else np.moveaxis(x, axis, -1)
+
+    moved = {argument: layout(x) for argument, x in operands.items()}
+    try:
+        return gradients(
+            name,
+            moved,
+            wrt,
+            shapes={argument: x.shape for argument, x in operands.items()},
+            cores=[1] * len(moved),
+            layout=layout,
+            extra=extra,
+            cotangent=cotangent,
+            unit=unit,
+            out=out,
+        )
+    except ValueError as error:
+        raise _explain(error, operands, extra, axis) from None
+
+
+def _explain(
+    error: ValueError, operands: Mapping[str, Any], extra: Sequence[Any], axis: int
+) -> Exception:
+    """The error to raise: it names arguments where their shapes do not fit."""
+    lengths = {x.shape[axis] for x in operands.values()}
+    batches = [np.delete(x.shape, axis) for x in operands.values()]
+    try:
+        np.broadcast_shapes(*map(tuple, batches), *map(np.shape, extra))
+    except ValueError:
+        pass
+    else:
+        if len(lengths) == 1:
+            return error
+    return explain(error, list(operands), list(operands.values()), extra, axis, None)
 
 
 def check_cotangent(cotangent: Any, batch: tuple[int, ...]) -> Any:
@@ -117,15 +169,15 @@ def check_cotangent(cotangent: Any, batch: tuple[int, ...]) -> Any:
     return cotangent
 
 
-def check_outs(
-    out: Any, wrt: Sequence[str], shapes: Sequence[tuple[int, ...]], dtype: np.dtype[Any], axis: int
+def check_out(
+    out: Any, wanted: Sequence[tuple[str, tuple[int, ...]]], dtype: np.dtype[Any]
 ) -> list[Any]:
     """One array a gradient: those given in `out`, new ones for None."""
-    given = [None] * len(wrt) if out is None else out
-    if not isinstance(given, (tuple, list)) or len(given) != len(wrt):
-        raise TypeError(f"out must be a tuple of {len(wrt)} arrays or None, one a gradient")
+    given = [None] * len(wanted) if out is None else out
+    if not isinstance(given, (tuple, list)) or len(given) != len(wanted):
+        raise TypeError(f"out must be a tuple of {len(wanted)} arrays or None, one a gradient")
     results = []
-    for argument, shape, x in zip(wrt, shapes, given, strict=True):
+    for (argument, shape), x in zip(wanted, given, strict=True):
         if x is None:
             x = np.empty(shape, dtype)
         if not isinstance(x, np.ndarray):
@@ -159,9 +211,8 @@ def _part(x: Any, slab: tuple[slice, ...], core: int) -> Any:
     return x[tuple(c if n != 1 else slice(None) for c, n in zip(cuts, lengths, strict=True))]
 
 
-def _sum_back(
+def sum_back(
     gufunc: Any,
-    batch: tuple[int, ...],
     inputs: Sequence[Any],
     input_cores: Sequence[int],
     value: Any,
@@ -169,24 +220,23 @@ def _sum_back(
     full: Sequence[tuple[int, ...]],
     cores: Sequence[int],
 ) -> None:
-    """Fill value and targets slab by slab."""
+    """Fill value and targets slab by slab; `full`: the shapes of the gradients before they are
+    summed to the targets'."""
     totals = [
         None if target.shape == shape else np.zeros(target.shape)
         for target, shape in zip(targets, full, strict=True)
     ]
-    largest = max(math.prod(shape[len(batch) :]) for shape in full)
-    for slab in _slabs(batch, max(1, SLAB // max(1, largest))):
+    largest = max(math.prod(shape[value.ndim :]) for shape in full)
+    for slab in _slabs(value.shape, max(1, SLAB // max(1, largest))):
         part = value[slab]
         outs = [
             _part(target, slab, core)
             if total is None
-            else np.empty((*part.shape, *shape[len(batch) :]), target.dtype)
+            else np.empty((*part.shape, *shape[value.ndim :]), target.dtype)
             for target, total, shape, core in zip(targets, totals, full, cores, strict=True)
         ]
-        gufunc(
-            *(_part(x, slab, core) for x, core in zip(inputs, input_cores, strict=True)),
-            out=(part, *outs),
-        )
+        cut = (_part(x, slab, core) for x, core in zip(inputs, input_cores, strict=True))
+        gufunc(*cut, out=(part, *outs))
         for x, total, core in zip(outs, totals, cores, strict=True):
             if total is not None:
                 into = _part(total, slab, core)
