@@ -92,7 +92,7 @@ def gradients(
         target = layout(results[wrt.index(names[i])])
         targets.append(target[(None,) * (len(full[-1]) - target.ndim)])
     if all(target.shape == shape for target, shape in zip(targets, full, strict=True)):
-        value = gufunc(*inputs, out=(None, *targets))
+        value = gufunc(*inputs, out=(None, *targets))[0]
     else:
         value = np.empty(batch, dtype)
         inner = [*cores, *(0 for _ in extra), 0], [cores[i] for i in wanted]
