@@ -29,7 +29,7 @@ ONE = np.array(1.0)
 
 
 def check_wrt(wrt: Any, given: Sequence[str]) -> tuple[str, ...]:
-    """The names of the arguments whose gradients are wanted, in order; None: all that were given."""
+    """The names of the arguments whose gradients are wanted, in order; None: all given."""
     if wrt is None:
         return tuple(given)
     if not isinstance(wrt, (str, Sequence)) or not all(isinstance(name, str) for name in wrt):
@@ -73,9 +73,10 @@ def gradients(
     """
     (value, *gradients) of the kernel `name`, both divided by `unit`.
 
-    `arrays`: the kernel's operands in order, of one dtype, their core axes, as many as `cores` says,
-    last. `shapes`: of the arguments, which are those of the gradients; `layout` makes an array of
-    that shape a view that lies as the operand does. `extra`: operands between arrays and cotangent.
+    `arrays`: the kernel's operands in order, of one dtype, their core axes, as many as `cores`
+    says, last. `shapes`: of the arguments, which are those of the gradients; `layout` makes an
+    array of that shape a view that lies as the operand does. `extra`: operands between arrays and
+    cotangent.
     """
     names, operands = list(arrays), list(arrays.values())
     batches = [x.shape[: x.ndim - core] for x, core in zip(operands, cores, strict=True)]
@@ -83,6 +84,10 @@ def gradients(
     dtype = np.dtype(np.float64 if operands[0].dtype == np.float64 else np.float32)
     results = check_out(out, [(argument, shapes[argument]) for argument in wrt], dtype)
     inputs = [*operands, *extra, check_cotangent(cotangent, batch) / unit]
+    if out is not None:  # rows are read again after their gradients were begun
+        inputs = [
+            x.copy() if any(np.may_share_memory(x, y) for y in results) else x for x in inputs
+        ]
     wanted = sorted(names.index(argument) for argument in wrt)
     gufunc = _kernels.gradients(name, sum(1 << i for i in wanted))
     targets, full = [], []
