@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from klfast.categorical import check_temperature
@@ -98,7 +99,7 @@ def kl_categorical(
         {"logits_p": logits_p, "logits_q": logits_q},
         names,
         axis=axis,
-        extra=(check_temperature(temperature),),
+        extra=(np.asarray(check_temperature(temperature)),),
         base=base,
         cotangent=cotangent,
         out=out,
