@@ -84,7 +84,7 @@ def kl_categorical(
     >>> print(f"{klfast.kl_categorical(p, q + 100):.6f}")
     0.143841
     """
-    temperature = _check_temperature(temperature)
+    temperature = check_temperature(temperature)
     if axis == -1 and not keepdims and base is None and out is None:
         result = _kernels.plain["categorical"](logits_p, logits_q, temperature)
         if result is not None:
@@ -100,7 +100,7 @@ def kl_categorical(
     )
 
 
-def _check_temperature(temperature: Any) -> Any:
+def check_temperature(temperature: Any) -> Any:
     if type(temperature) is float:
         if 0 < temperature < math.inf:
             return temperature

@@ -244,26 +244,32 @@ cdef inline double finish(const Row *row, double *value, double weight, double d
     return conditioning(row.family, value[0], weight, divergence, drift)
 
 
-cdef bint fast_value(const Row *row, Watch *watch, double *value,
-                     real of_type) noexcept nogil:
-    """The value by the fast formulas, or any when it is no longer wanted; False when they cannot
-    vouch for it."""
-    cdef double ratio = 1      # which needs no scaling
-    cdef Sums sums
+cdef bint fast_sums(const Row *row, Watch *watch, double *value, Sums *sums, double *ratio,
+                    real of_type) noexcept nogil:
+    """The value by the fast formulas and what it is made of, or anything when it is no longer
+    wanted; False when they cannot vouch for it."""
     cdef int attempt
+    ratio[0] = 1               # which needs no scaling
     for attempt in range(MAX_PASSES):
-        sum_row(row, ratio, watch, &sums, of_type)
+        sum_row(row, ratio[0], watch, sums, of_type)
         if watch.stop:
             return True
-        round_off(&sums)
+        round_off(sums)
         if sums.doubtful:
             return False
         if finish(row, value, sums.weight, sums.divergence, sums.drift, sums.direct) >= 0:
             return True
         if row.family != Family.DISCRETE or not discrete_refine(
-                sums.weight, sums.divergence, sums.drift, &ratio):
+                sums.weight, sums.divergence, sums.drift, ratio):
             return False
     return False
+
+
+cdef bint fast_value(const Row *row, Watch *watch, double *value,
+                     real of_type) noexcept nogil:
+    cdef double ratio
+    cdef Sums sums
+    return fast_sums(row, watch, value, &sums, &ratio, of_type)
 
 
 cdef int traits_of(const Row *row, Watch *watch) noexcept nogil:
@@ -300,6 +306,14 @@ cdef bint is_decided(const Row *row, Watch *watch, double *value, int *status) n
     return traits & Trait.HAS_INFINITE != 0
 
 
+cdef double hard_value(const Row *row, Watch *watch) noexcept nogil:
+    if row.family == Family.NORMAL:
+        return normal_hard_value(row, watch)
+    if row.family == Family.DISCRETE:
+        return discrete_hard_value(row, watch)
+    return categorical_hard_value(row, watch)
+
+
 cdef double row_value(const Row *row, Watch *watch, int *status,
                       real of_type) noexcept nogil:
     cdef double value = 0
@@ -308,11 +322,7 @@ cdef double row_value(const Row *row, Watch *watch, int *status,
     if real is float:
         if fast_value(row, watch, &value, <double> 0):
             return value
-    if row.family == Family.NORMAL:
-        return normal_hard_value(row, watch)
-    if row.family == Family.DISCRETE:
-        return discrete_hard_value(row, watch)
-    return categorical_hard_value(row, watch)
+    return hard_value(row, watch)
 
 
 # Short rows, and rows whose elements lie further apart than the rows do: LANES rows side by side.

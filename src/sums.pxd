@@ -59,6 +59,20 @@ ctypedef struct LaneParts:      # of LANES rows: a part of each
     double doubtful[LANES]      # 0 or 1, for vectors
 
 
+ctypedef struct Slope:          # what the gradients of a row's elements are made of
+    double cotangent            # of the row's value
+    double value
+    double change               # log(Q_i/P_i) = y_i - change
+    double weight               # sum p
+    double ratio                # discrete: y_i = log(ratio q/p)
+    double excess               # discrete: e^change - 1
+    double beta                 # categorical: 1/T, in two parts
+    double beta_rest
+    double peak                 # categorical: P_i = e^((a_i - peak)/T) / weight
+    double shift                # categorical: log(Q_i/P_i) = (shift - (a_i - b_i))/T, in two parts
+    double shift_rest
+
+
 cdef inline void clear(Sums *sums) noexcept nogil:
     cdef int i
     sums.weight = sums.divergence = sums.drift = sums.direct = 0
