@@ -10,7 +10,9 @@ import numpy as np
 cimport numpy as cnp
 from numpy cimport npy_intp
 from gufunc cimport Kernel, gufunc_loop
+from libc.stdlib cimport calloc
 from mvn cimport mvn_rows_f32, mvn_rows_f64, plan_mvn
+from mvn_grad cimport mvn_gradient_rows_f32, mvn_gradient_rows_f64, plan_mvn_gradient
 from sums cimport Family, Format
 
 include "discrete.pxi"
@@ -140,6 +142,47 @@ for name_p, cov_p in (("cov", True), ("tril", False)):
     for name_q, cov_q in (("cov", True), ("tril", False)):
         name = f"mvn_{name_p}_{name_q}"
         gufuncs[name] = mvn_gufunc(name, "(d),(d,d),(d),(d,d)->()", cov_p, cov_q, False)
+
+
+cdef struct Loops:
+    # What a gufunc made later points into: it stays for the life of the process.
+    Kernel kernels[2]
+    cnp.PyUFuncGenericFunction loops[2]
+    void *data[2]
+    char types[2 * 16]
+
+
+def mvn_gradient(str name, int wrt):
+    """The gufunc of divergence and gradients; bits of `wrt`, in the order of the arguments, say
+    which. The last input is the cotangent."""
+    cdef Loops *memory
+    cdef Kernel *kernel
+    cdef int n = 0, number = 0
+    kind_p, kind_q = name.split("_")[1:]
+    inputs = ["(d)", "(d,d)"] if kind_q == "standard" else ["(d)", "(d,d)", "(d)", "(d,d)"]
+    outputs = [core for i, core in enumerate(inputs) if wrt >> i & 1]
+    signature = ",".join([*inputs, "()"]) + "->" + ",".join(["()", *outputs])
+    operands = len(inputs) + 2 + len(outputs)
+    memory = <Loops *> calloc(1, sizeof(Loops))
+    if memory == NULL:
+        raise MemoryError
+    for dtype in "fd":
+        kernel = &memory.kernels[n]
+        kernel.rows = mvn_gradient_rows_f64 if dtype == "d" else mvn_gradient_rows_f32
+        kernel.plan = plan_mvn_gradient
+        kernel.n_operands = operands
+        kernel.options = [kind_p == "cov", kind_q == "cov", kind_q == "standard", wrt]
+        memory.loops[n] = <cnp.PyUFuncGenericFunction> loop
+        memory.data[n] = kernel
+        for _ in range(operands):
+            memory.types[number] = np.dtype(dtype).num
+            number += 1
+        n += 1
+    cdef bytes c_name = name.encode(), c_signature = signature.encode()
+    texts.extend((c_name, c_signature))
+    return cnp.PyUFunc_FromFuncAndDataAndSignature(
+        memory.loops, memory.data, memory.types, 2, len(inputs) + 1, 1 + len(outputs),
+        cnp.PyUFunc_None, c_name, b"", 0, c_signature)
 
 
 def are_plain(*arrays):
