@@ -11,6 +11,7 @@ NumPy's "invalid" condition where a row is NaN because of a bad value.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -57,6 +58,15 @@ are_plain: Callable[..., bool] = _module.are_plain
 set_threads: Callable[..., None] = _module.set_threads
 get_threads: Callable[[], tuple[int, int]] = _module.get_threads
 build: Callable[[], dict[str, Any]] = _module.build
+
+
+@functools.cache
+def gradients(name: str, wrt: int) -> Callable[..., Any]:
+    """The gufunc (arrays, cotangent) -> (divergence, gradients) of the gufunc `name`, made at first
+    use; bits of `wrt`, in the order of the arrays, say which gradients."""
+    gufunc: Callable[..., Any] = _module.mvn_gradient(name, wrt)
+    return gufunc
+
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
