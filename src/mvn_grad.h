@@ -34,6 +34,15 @@ MVN_INLINE void mvn_transpose(mvn_four *x) {
     x[3] = MVN_SHUFFLE(b, d, 2, 3, 6, 7);
 }
 
+/* A block of 4 by 4 numbers, transposed. */
+MVN_INLINE void mvn_block_transpose(
+    const double *from, ptrdiff_t stride_from, double *to, ptrdiff_t stride_to) {
+    mvn_four x[4];
+    MVN_UNROLL for (int r = 0; r < 4; r++) x[r] = *(const mvn_four_f64 *)(from + r * stride_from);
+    mvn_transpose(x);
+    MVN_UNROLL for (int r = 0; r < 4; r++) *(mvn_four_f64 *)(to + r * stride_to) = x[r];
+}
+
 #define MVN_BLOCKS(real, size, body) \
     if (step == (ptrdiff_t)sizeof(real) && size >= 4) { \
         for (ptrdiff_t begin = 0; begin < count; begin += 4) { \
@@ -47,6 +56,13 @@ MVN_INLINE void mvn_transpose(mvn_four *x) {
         return; \
     }
 #else
+MVN_INLINE void mvn_block_transpose(
+    const double *from, ptrdiff_t stride_from, double *to, ptrdiff_t stride_to) {
+    for (int r = 0; r < 4; r++) {
+        for (int c = 0; c < 4; c++) to[c * stride_to + r] = from[r * stride_from + c];
+    }
+}
+
 #define MVN_BLOCKS(real, size, body)
 #endif
 
@@ -338,41 +354,85 @@ static inline void mvn_rows_gram(
     }
 }
 
-/* The first elements of row i of a symmetric matrix in panels, and its column i. */
-static inline void mvn_panels_mirror(
-    double *x, ptrdiff_t size, const double *row, ptrdiff_t i) {
-    double *column = x + i / MVN_ROWS * size + i % MVN_ROWS;
-    for (ptrdiff_t j = 0; j <= i; j++) {
-        x[j / MVN_ROWS * size + i * MVN_ROWS + j % MVN_ROWS] = row[j];
-        column[j * MVN_ROWS] = row[j];
+/* Rows of a matrix in panels, from and to `count` numbers in a row and up to ROWS - 1 behind. */
+MVN_INLINE void mvn_row_copy(
+    const double *from, ptrdiff_t step_from, double *to, ptrdiff_t step_to, ptrdiff_t count) {
+    for (ptrdiff_t j = 0; j < count; j += MVN_ROWS, from += step_from, to += step_to) {
+        MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
+            *(mvn_loose *)(to + v * MVN_LANES) = *(const mvn_loose *)(from + v * MVN_LANES);
+        }
     }
 }
+MVN_INLINE void mvn_panels_row(
+    const double *x, ptrdiff_t size, ptrdiff_t i, ptrdiff_t count, double *row) {
+    mvn_row_copy(x + i * MVN_ROWS, size, row, MVN_ROWS, count);
+}
+MVN_INLINE void mvn_panels_put(
+    double *x, ptrdiff_t size, ptrdiff_t i, ptrdiff_t count, const double *row) {
+    mvn_row_copy(row, MVN_ROWS, x + i * MVN_ROWS, size, count);
+}
 
-/* X^T of a square X, panel `g` of the result. */
-static inline void mvn_panel_transpose(
-    const double *x, ptrdiff_t size, double *into, ptrdiff_t g, ptrdiff_t n) {
-    double *to = into + g * size;
-    for (ptrdiff_t r = 0; r < mvn_least(MVN_ROWS, n - g * MVN_ROWS); r++) {
-        const double *from = x + (g * MVN_ROWS + r) * MVN_ROWS;
-        for (ptrdiff_t k = 0; k < n; k++) {
-            to[k * MVN_ROWS + r] = from[k / MVN_ROWS * size + k % MVN_ROWS];
+MVN_INLINE double *mvn_block(double *x, ptrdiff_t size, ptrdiff_t i, ptrdiff_t j) {
+    return x + j / MVN_ROWS * size + i * MVN_ROWS + j % MVN_ROWS;
+}
+
+/* The upper triangle of a matrix in panels from the lower one; n is a multiple of 4. */
+static inline void mvn_panels_mirror(double *x, ptrdiff_t size, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i += 4) {
+        for (ptrdiff_t j = 0; j < i; j += 4) {
+            mvn_block_transpose(
+                mvn_block(x, size, i, j), MVN_ROWS, mvn_block(x, size, j, i), MVN_ROWS);
+        }
+        double *block = mvn_block(x, size, i, i);
+        for (int r = 0; r < 4; r++) {
+            for (int c = 0; c < r; c++) block[c * MVN_ROWS + r] = block[r * MVN_ROWS + c];
         }
     }
 }
 
-/* The elements first .. last - 1 of row i of a matrix in panels. */
-static inline void mvn_panels_row(
-    const double *x, ptrdiff_t size, ptrdiff_t i, ptrdiff_t first, ptrdiff_t last, double *row) {
-    for (ptrdiff_t j = first; j < last; j++) {
-        row[j - first] = x[j / MVN_ROWS * size + i * MVN_ROWS + j % MVN_ROWS];
+/* X^T of a square X, both in panels; n is a multiple of 4. */
+static inline void mvn_panels_transpose(double *x, ptrdiff_t size, double *into, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i += 4) {
+        for (ptrdiff_t j = 0; j < n; j += 4) {
+            mvn_block_transpose(
+                mvn_block(x, size, j, i), MVN_ROWS, mvn_block(into, size, i, j), MVN_ROWS);
+        }
     }
 }
 
-/* Column i of a matrix in panels, its elements i + 1 .. n - 1. */
-static inline void mvn_panels_column(
-    const double *x, ptrdiff_t size, ptrdiff_t i, ptrdiff_t n, double *column) {
-    const double *from = x + i / MVN_ROWS * size + i % MVN_ROWS;
-    for (ptrdiff_t k = i + 1; k < n; k++) column[k] = from[k * MVN_ROWS];
+/* A panel's columns as rows, `stride` apart, from element `first` to n - 1; multiples of 4. */
+static inline void mvn_panel_rows(
+    const double *x, double *rows, ptrdiff_t stride, ptrdiff_t first, ptrdiff_t n) {
+    for (ptrdiff_t k = first; k < n; k += 4) {
+        for (int r = 0; r < MVN_ROWS; r += 4) {
+            mvn_block_transpose(x + k * MVN_ROWS + r, MVN_ROWS, rows + r * stride + k, stride);
+        }
+    }
 }
+
+/* `count` elements `step` bytes apart to or from numbers side by side. */
+#define MVN_LINES(name, real) \
+    static inline void mvn_line_read_##name( \
+        double *restrict line, const char *from, ptrdiff_t step, ptrdiff_t count) { \
+        if (step == (ptrdiff_t)sizeof(real)) { \
+            for (ptrdiff_t j = 0; j < count; j++) line[j] = ((const real *)from)[j]; \
+        } else { \
+            for (ptrdiff_t j = 0; j < count; j++) line[j] = *(const real *)(from + j * step); \
+        } \
+    } \
+    /* scale times the numbers, then zeros up to element n - 1 */ \
+    static inline void mvn_line_write_##name( \
+        const double *restrict line, char *restrict to, ptrdiff_t step, double scale, \
+        ptrdiff_t count, ptrdiff_t n) { \
+        if (step == (ptrdiff_t)sizeof(real)) { \
+            for (ptrdiff_t j = 0; j < count; j++) ((real *)to)[j] = (real)(scale * line[j]); \
+            for (ptrdiff_t j = count; j < n; j++) ((real *)to)[j] = 0; \
+        } else { \
+            for (ptrdiff_t j = 0; j < count; j++) *(real *)(to + j * step) = (real)(scale * line[j]); \
+            for (ptrdiff_t j = count; j < n; j++) *(real *)(to + j * step) = 0; \
+        } \
+    }
+MVN_LINES(f32, float)
+MVN_LINES(f64, double)
 
 #endif

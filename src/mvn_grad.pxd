@@ -27,7 +27,7 @@ from gufunc cimport INVALID, NO_MEMORY, Batch, Kernel, Plan, Watch, look_for_sig
 from mvn cimport (
     COLUMNS, LANES, MOST_LANES, MOST_ROWS, ROWS, Panels, Side, aligned, cholesky, divergence,
     gather_f32, gather_f64, lanes_cholesky, lanes_diagonal, lanes_divergence, lanes_improper,
-    lanes_reciprocals, lanes_whiten, lanes_whiten_standard, ones, panel_store, panels_improper,
+    lanes_reciprocals, lanes_whiten, lanes_whiten_standard, ones, panels_improper,
     panels_new, reciprocals, settle, side, solve, vec)
 from vecmath cimport real
 
@@ -69,14 +69,23 @@ cdef extern from "mvn_grad.h" nogil:
     void rows_gram "mvn_rows_gram"(
         const double *a, npy_intp size, const double *m, npy_intp stride, npy_intp i, npy_intp n,
         double *into, npy_intp stride_into)
-    void panels_mirror "mvn_panels_mirror"(
-        double *x, npy_intp size, const double *row, npy_intp i)
-    void panel_transpose "mvn_panel_transpose"(
-        const double *x, npy_intp size, double *into, npy_intp g, npy_intp n)
     void panels_row "mvn_panels_row"(
-        const double *x, npy_intp size, npy_intp i, npy_intp first, npy_intp last, double *row)
-    void panels_column "mvn_panels_column"(
-        const double *x, npy_intp size, npy_intp i, npy_intp n, double *column)
+        const double *x, npy_intp size, npy_intp i, npy_intp count, double *row)
+    void panels_put "mvn_panels_put"(
+        double *x, npy_intp size, npy_intp i, npy_intp count, const double *row)
+    void panels_mirror "mvn_panels_mirror"(double *x, npy_intp size, npy_intp n)
+    void panels_transpose "mvn_panels_transpose"(
+        double *x, npy_intp size, double *into, npy_intp n)
+    void panel_rows "mvn_panel_rows"(
+        const double *x, double *rows, npy_intp stride, npy_intp first, npy_intp n)
+    void line_read_f32 "mvn_line_read_f32"(
+        double *line, const char *start, npy_intp step, npy_intp count)
+    void line_read_f64 "mvn_line_read_f64"(
+        double *line, const char *start, npy_intp step, npy_intp count)
+    void line_write_f32 "mvn_line_write_f32"(
+        const double *line, char *to, npy_intp step, double scale, npy_intp count, npy_intp n)
+    void line_write_f64 "mvn_line_write_f64"(
+        const double *line, char *to, npy_intp step, double scale, npy_intp count, npy_intp n)
 
 cdef enum:
     LANES_LIMIT = 24   # rows up to which items in lanes are faster than one by one
@@ -358,6 +367,7 @@ ctypedef struct Work:
     double *s                # symmetric matrices in panels
     double *room
     double *reciprocal_p
+    double *reciprocal_q
     double *line             # COLUMNS rows
 
 
@@ -366,7 +376,8 @@ cdef inline bint work_new(Work *w, npy_intp n, npy_intp size, bint covariances) 
     w.panels, w.size = w.rows // ROWS + 1, size
     w.stride = (w.panels + 1) * ROWS
     cdef npy_intp square = w.panels * size, rows = w.panels * ROWS * w.stride
-    cdef npy_intp length = (3 if covariances else 1) * square + rows + 6 * w.stride
+    cdef npy_intp length = (3 if covariances else 1) * square + rows + 7 * w.stride
+    cdef npy_intp i
     w.memory = calloc(length + 8, sizeof(double))
     if w.memory == NULL:
         return False
@@ -375,23 +386,36 @@ cdef inline bint work_new(Work *w, npy_intp n, npy_intp size, bint covariances) 
     w.room = w.s + square
     w.m = w.x + (3 if covariances else 1) * square
     w.reciprocal_p = w.m + rows
-    w.line = w.reciprocal_p + w.stride
+    w.reciprocal_q = w.reciprocal_p + w.stride
+    w.line = w.reciprocal_q + w.stride
+    for i in range(w.stride):
+        w.reciprocal_q[i] = 1.0
     return True
+
+
+cdef inline void line_read(double *line, const char *start, npy_intp step, npy_intp count,
+                           real type_tag) noexcept nogil:
+    if real is float:
+        line_read_f32(line, start, step, count)
+    else:
+        line_read_f64(line, start, step, count)
+
+
+cdef inline void line_write(const double *line, char *to, npy_intp step, double scale,
+                            npy_intp count, npy_intp n, real type_tag) noexcept nogil:
+    if real is float:
+        line_write_f32(line, to, step, scale, count, n)
+    else:
+        line_write_f64(line, to, step, scale, count, n)
 
 
 cdef inline void load_matrix(double *rows, npy_intp stride, const Side *s, npy_intp item,
                              npy_intp n, npy_intp padded, real type_tag) noexcept nogil:
     """The lower triangle of a factor, continued by an identity."""
-    cdef char *row
-    cdef npy_intp i, j
+    cdef char *matrix = s.matrix + item * s.matrix_outer
+    cdef npy_intp i
     for i in range(n):
-        row = s.matrix + item * s.matrix_outer + i * s.row
-        if s.column == sizeof(real):
-            for j in range(i + 1):
-                rows[i * stride + j] = (<real *> row)[j]
-        else:
-            for j in range(i + 1):
-                rows[i * stride + j] = (<real *> (row + j * s.column))[0]
+        line_read(rows + i * stride, matrix + i * s.row, s.column, i + 1, type_tag)
     for i in range(n, padded):
         rows[i * (stride + 1)] = 1.0
 
@@ -444,13 +468,13 @@ cdef inline double whiten_panels(const Panels *a, const Work *w, npy_intp index,
             for i in range(max(begin + g * ROWS, <npy_intp> 0) * ROWS, w.rows * ROWS):
                 total += x[g * w.size + i] * x[g * w.size + i]
     else:
-        solve(a, x, panels, a.factor_q + 1, a.stride, w.rows, a.reciprocal, begin, ROWS,
+        solve(a, x, panels, a.factor_q + 1, a.stride, w.rows, w.reciprocal_q, begin, ROWS,
               max(begin, <npy_intp> 0), w.rows, squares, watch)
         for r in range(2 * ROWS):
             total += squares[r]
     for g in range(panels):
-        panel_store(x + g * w.size, w.m + (index + g) * ROWS * w.stride, w.stride,
-                    max(begin + g * ROWS, <npy_intp> 0), w.rows)
+        panel_rows(x + g * w.size, w.m + (index + g) * ROWS * w.stride, w.stride,
+                   max(begin + g * ROWS, <npy_intp> 0), w.rows)
     return total
 
 
@@ -482,24 +506,6 @@ cdef inline void back(const Panels *a, const Work *w, double *x, npy_intp panels
                         begin, step, watch)
 
 
-cdef inline void store_row(char *to, npy_intp step, const double *row, npy_intp count,
-                           double scale, real type_tag) noexcept nogil:
-    cdef npy_intp j
-    if step == sizeof(real):
-        for j in range(count):
-            (<real *> to)[j] = <real> (scale * row[j])
-    else:
-        for j in range(count):
-            (<real *> (to + j * step))[0] = <real> (scale * row[j])
-
-
-cdef inline void store_zeros(char *to, npy_intp step, npy_intp first, npy_intp last,
-                             real type_tag) noexcept nogil:
-    cdef npy_intp j
-    for j in range(first, last):
-        (<real *> (to + j * step))[0] = 0
-
-
 cdef inline void store_loc(const Gradient *g, const Work *w, npy_intp item, double scale,
                            real type_tag) noexcept nogil:
     cdef npy_intp i
@@ -509,29 +515,25 @@ cdef inline void store_loc(const Gradient *g, const Work *w, npy_intp item, doub
 
 cdef inline void store_tril_p(const Panels *a, const Work *w, const Gradient *g, npy_intp item,
                               double scale, real type_tag) noexcept nogil:
-    cdef char *to
+    cdef double *row = w.line + 1
     cdef npy_intp i
     for i in range(w.n):
-        to = g.data + item * g.outer + i * g.row
-        panels_row(w.x, w.size, i, 1, i + 2, w.line)
-        w.line[i] += a.t[i] * w.reciprocal_p[i]
-        store_row(to, g.column, w.line, i + 1, scale, type_tag)
-        store_zeros(to, g.column, i + 1, w.n, type_tag)
+        panels_row(w.x, w.size, i, i + 2, w.line)
+        row[i] += a.t[i] * w.reciprocal_p[i]
+        line_write(row, g.data + item * g.outer + i * g.row, g.column, scale, i + 1, w.n, type_tag)
 
 
 cdef inline void store_tril_q(const Panels *a, const Work *w, const Gradient *g, npy_intp item,
                               double scale, real type_tag) noexcept nogil:
-    cdef char *to
     cdef double *row
     cdef npy_intp begin, i
     for begin from 0 <= begin < w.n by COLUMNS:
         rows_times(w.x, w.size, w.m, w.stride, begin, w.rows, w.line, w.stride)
         for i in range(begin, min(begin + COLUMNS, w.n)):
             row = w.line + (i - begin) * w.stride
-            row[i] += a.t[i] * a.reciprocal[i]
-            to = g.data + item * g.outer + i * g.row
-            store_row(to, g.column, row, i + 1, -scale, type_tag)
-            store_zeros(to, g.column, i + 1, w.n, type_tag)
+            row[i] += a.t[i] * w.reciprocal_q[i]
+            line_write(row, g.data + item * g.outer + i * g.row, g.column, -scale, i + 1, w.n,
+                       type_tag)
 
 
 cdef inline void bracket(const Panels *a, const Work *w, bint of_p) noexcept nogil:
@@ -547,21 +549,21 @@ cdef inline void bracket(const Panels *a, const Work *w, bint of_p) noexcept nog
         for i in range(begin, begin + COLUMNS):
             row = w.line + (i - begin) * w.stride + of_p
             row[i] += a.t[i]
-            panels_mirror(w.s, w.size, row, i)
+            panels_put(w.s, w.size, i, i + 1, row)
+    panels_mirror(w.s, w.size, w.rows)
 
 
 cdef inline void store_cov(const Panels *a, const Work *w, const Gradient *g, npy_intp item,
                            const double *factor, const double *reciprocal, double scale,
                            Watch *watch, real type_tag) noexcept nogil:
-    cdef npy_intp panels = (w.rows + ROWS - 1) // ROWS, index, i
+    cdef npy_intp panels = (w.rows + ROWS - 1) // ROWS, i
     back(a, w, w.s, panels, factor, reciprocal, 0, 0, watch)
-    for index in range(panels):
-        panel_transpose(w.s, w.size, w.room, index, w.rows)
+    panels_transpose(w.s, w.size, w.room, w.rows)
     back(a, w, w.room, panels, factor, reciprocal, 0, ROWS, watch)
+    panels_mirror(w.room, w.size, w.rows)
     for i in range(w.n):
-        panels_row(w.room, w.size, i, 0, i + 1, w.line)
-        panels_column(w.room, w.size, i, w.n, w.line)
-        store_row(g.data + item * g.outer + i * g.row, g.column, w.line, w.n, scale, type_tag)
+        panels_row(w.room, w.size, i, w.n, w.line)
+        line_write(w.line, g.data + item * g.outer + i * g.row, g.column, scale, w.n, w.n, type_tag)
 
 
 cdef inline void panels_gradients(const Panels *a, const Work *w, const Results *r, const Side *q,
@@ -577,10 +579,10 @@ cdef inline void panels_gradients(const Panels *a, const Work *w, const Results 
         store_cov(a, w, &r.matrix_p, item, a.factor_p, w.reciprocal_p, 0.5 * scale, watch, type_tag)
     if r.wrt & MATRIX_Q and r.cov_q:
         bracket(a, w, False)
-        store_cov(a, w, &r.matrix_q, item, a.factor_q, a.reciprocal, -0.5 * scale, watch, type_tag)
+        store_cov(a, w, &r.matrix_q, item, a.factor_q, w.reciprocal_q, -0.5 * scale, watch, type_tag)
     if q != NULL and (triangles or r.wrt & (LOC_P | LOC_Q)):
         panels = w.panels if triangles else 1
-        back(a, w, w.x, panels, a.factor_q, a.reciprocal, -COLUMNS, ROWS, watch)
+        back(a, w, w.x, panels, a.factor_q, w.reciprocal_q, -COLUMNS, ROWS, watch)
     if r.wrt & LOC_P:
         store_loc(&r.loc_p, w, item, scale, type_tag)
     if r.wrt & LOC_Q:
@@ -613,7 +615,7 @@ cdef inline int panels_gradient_rows(npy_intp first, npy_intp last, const Side *
         panels_factor(&a, a.factor_p, a.diagonal_p, w.reciprocal_p, p, item,
                       item == first or not p.shared, watch, type_tag)
         if q != NULL:
-            panels_factor(&a, a.factor_q, a.diagonal_q, a.reciprocal, q, item,
+            panels_factor(&a, a.factor_q, a.diagonal_q, w.reciprocal_q, q, item,
                           item == first or not q.shared, watch, type_tag)
         squares = 0.0
         for index from 0 <= index < w.panels by TOGETHER:
@@ -622,7 +624,7 @@ cdef inline int panels_gradient_rows(npy_intp first, npy_intp last, const Side *
         if watch.stop:
             break
         for i in range(w.rows):
-            a.t[i] = w.line[i] = (a.diagonal_p[i] - a.diagonal_q[i]) * a.reciprocal[i]
+            a.t[i] = w.line[i] = (a.diagonal_p[i] - a.diagonal_q[i]) * w.reciprocal_q[i]
         kl = divergence(a.diagonal_p, a.diagonal_q, w.line, squares, n)
         improper = not isfinite(kl) and panels_improper(a.diagonal_p, a.diagonal_q, n)
         scale = finish(r, kl, improper, p, q, item, n, &status, type_tag)
