@@ -59,18 +59,16 @@ set_threads: Callable[..., None] = _module.set_threads
 get_threads: Callable[[], tuple[int, int]] = _module.get_threads
 build: Callable[[], dict[str, Any]] = _module.build
 
-
-@functools.cache
-def gradients(name: str, wrt: int) -> Callable[..., Any]:
-    """The gufunc (arrays, cotangent) -> (divergence, gradients) of the gufunc `name`, made at first
-    use; bits of `wrt`, in the order of the arrays, say which gradients."""
-    gufunc: Callable[..., Any] = _module.mvn_gradient(name, wrt)
-    return gufunc
-
-
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=_module.before_fork,
         after_in_parent=_module.after_fork,
         after_in_child=_module.after_fork,
     )
+
+
+@functools.cache
+def gradients(name: str, wanted: int) -> Callable[..., Any]:
+    """The gufunc of values and gradients; bit i of `wanted`: with respect to operand i."""
+    gufunc: Callable[..., Any] = _module.gradient_gufunc(name, wanted)
+    return gufunc

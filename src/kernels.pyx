@@ -9,6 +9,7 @@ import numpy as np
 
 cimport numpy as cnp
 from numpy cimport npy_intp
+from libc.stdlib cimport calloc
 from gufunc cimport Kernel, gufunc_loop
 from libc.stdlib cimport calloc
 from mvn cimport mvn_rows_f32, mvn_rows_f64, plan_mvn
@@ -19,6 +20,7 @@ include "discrete.pxi"
 include "categorical.pxi"
 include "normal.pxi"
 include "rows.pxi"
+include "gradients.pxi"
 
 cnp.import_array()
 cnp.import_ufunc()
@@ -144,45 +146,85 @@ for name_p, cov_p in (("cov", True), ("tril", False)):
         gufuncs[name] = mvn_gufunc(name, "(d),(d,d),(d),(d,d)->()", cov_p, cov_q, False)
 
 
-cdef struct Loops:
-    # What a gufunc made later points into: it stays for the life of the process.
-    Kernel kernels[2]
-    cnp.PyUFuncGenericFunction loops[2]
-    void *data[2]
-    char types[2 * 16]
+cdef struct Hook:        # what NumPy keeps pointers into: of a gufunc made at its first use
+    Kernel kernels[4]
+    cnp.PyUFuncGenericFunction loops[4]
+    void *data[4]
+    char types[4 * 16]
 
 
-def mvn_gradient(str name, int wrt):
-    """The gufunc of divergence and gradients; bits of `wrt`, in the order of the arguments, say
-    which. The last input is the cotangent."""
-    cdef Loops *memory
-    cdef Kernel *kernel
-    cdef int n = 0, number = 0
-    kind_p, kind_q = name.split("_")[1:]
-    inputs = ["(d)", "(d,d)"] if kind_q == "standard" else ["(d)", "(d,d)", "(d)", "(d,d)"]
-    outputs = [core for i, core in enumerate(inputs) if wrt >> i & 1]
-    signature = ",".join([*inputs, "()"]) + "->" + ",".join(["()", *outputs])
-    operands = len(inputs) + 2 + len(outputs)
-    memory = <Loops *> calloc(1, sizeof(Loops))
-    if memory == NULL:
-        raise MemoryError
-    for dtype in "fd":
-        kernel = &memory.kernels[n]
-        kernel.rows = mvn_gradient_rows_f64 if dtype == "d" else mvn_gradient_rows_f32
-        kernel.plan = plan_mvn_gradient
-        kernel.n_operands = operands
-        kernel.options = [kind_p == "cov", kind_q == "cov", kind_q == "standard", wrt]
-        memory.loops[n] = <cnp.PyUFuncGenericFunction> loop
-        memory.data[n] = kernel
-        for _ in range(operands):
-            memory.types[number] = np.dtype(dtype).num
-            number += 1
-        n += 1
+cdef object hang_up(Hook *hook, str name, str signature, list dtypes, int n_inputs, int n_outputs):
+    """The gufunc of the hook's kernels, one for each entry of dtypes; it stays for good."""
+    cdef int i, n_types = 0
     cdef bytes c_name = name.encode(), c_signature = signature.encode()
     texts.extend((c_name, c_signature))
+    for i in range(len(dtypes)):
+        hook.loops[i] = <cnp.PyUFuncGenericFunction> loop
+        hook.data[i] = &hook.kernels[i]
+        hook.kernels[i].n_operands = n_inputs + n_outputs
+        for dtype in dtypes[i]:
+            hook.types[n_types] = np.dtype(dtype).num
+            n_types += 1
     return cnp.PyUFunc_FromFuncAndDataAndSignature(
-        memory.loops, memory.data, memory.types, 2, len(inputs) + 1, 1 + len(outputs),
-        cnp.PyUFunc_None, c_name, b"", 0, c_signature)
+        hook.loops, hook.data, hook.types, len(dtypes), n_inputs, n_outputs, cnp.PyUFunc_None,
+        c_name, b"", 0, c_signature)
+
+
+cdef Hook *new_hook() except NULL:
+    cdef Hook *hook = <Hook *> calloc(1, sizeof(Hook))
+    if hook == NULL:
+        raise MemoryError
+    return hook
+
+
+SPREADS = {"scale": <int> Spread.SCALE, "var": <int> Spread.VARIANCE,
+           "logvar": <int> Spread.LOG_VARIANCE}
+
+
+cdef object mvn_gradient_gufunc(str name, int wanted):
+    cdef Hook *hook = new_hook()
+    cdef Kernel *kernel
+    _, kind_p, kind_q = name.split("_")
+    inputs = ["(d)", "(d,d)"] if kind_q == "standard" else ["(d)", "(d,d)", "(d)", "(d,d)"]
+    outputs = [core for i, core in enumerate(inputs) if wanted >> i & 1]
+    dtypes = []
+    for i, dtype in enumerate("fd"):
+        kernel = &hook.kernels[i]
+        kernel.rows = mvn_gradient_rows_f64 if dtype == "d" else mvn_gradient_rows_f32
+        kernel.plan = plan_mvn_gradient
+        kernel.wanted = wanted
+        kernel.options = [kind_p == "cov", kind_q == "cov", kind_q == "standard", 0]
+        dtypes.append(len(inputs) * dtype + "d" + (1 + len(outputs)) * dtype)
+    signature = ",".join([*inputs, "()"]) + "->" + ",".join(["()", *outputs])
+    return hang_up(hook, name, signature, dtypes, len(inputs) + 1, 1 + len(outputs))
+
+
+def gradient_gufunc(name, int wanted):
+    """Of value and gradients: takes the operands of the gufunc `name` and the cotangent; gradients
+    with respect to operand i where bit i of `wanted` is set."""
+    if name.startswith("mvn_"):
+        return mvn_gradient_gufunc(name, wanted)
+    cdef Hook *hook = new_hook()
+    cdef Kernel *kernel
+    kind, *given = name.removesuffix("_bfloat16").split("_")
+    formats = BFLOAT16 if name.endswith("_bfloat16") else FORMATS
+    family = {"discrete": Family.DISCRETE, "categorical": Family.CATEGORICAL,
+              "normal": Family.NORMAL}[kind]
+    spreads = [SPREADS[spread] for spread in given] if family == Family.NORMAL else [0, 0]
+    inputs, outputs = 4 if family == Family.NORMAL else 2, wanted.bit_count()
+    extra = "dd" if family == Family.CATEGORICAL else "d"  # the temperature, the cotangent
+    dtypes = []
+    for i, (form, operand, result) in enumerate(formats):
+        kernel = &hook.kernels[i]
+        double = operand == "d" or spreads[0] != spreads[1]
+        kernel.rows = gradient_rows_f64 if double else gradient_rows_f32
+        kernel.plan = plan_gradients
+        kernel.family, kernel.wanted = family, wanted
+        kernel.options = [form, given != ["plain"], spreads[0], spreads[1]]
+        dtypes.append(inputs * operand + extra + (1 + outputs) * result)
+    signature = ",".join(["(k)"] * inputs + ["()"] * len(extra)) + "->" + ",".join(
+        ["()"] + ["(k)"] * outputs)
+    return hang_up(hook, name, signature, dtypes, inputs + len(extra), 1 + outputs)
 
 
 def are_plain(*arrays):

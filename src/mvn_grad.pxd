@@ -23,9 +23,10 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 from numpy cimport npy_intp
 
-from gufunc cimport INVALID, NO_MEMORY, Batch, Kernel, Plan, Watch, look_for_signals
+from gufunc cimport (
+    NO_MEMORY, Batch, Kernel, Plan, Watch, look_for_signals, omp_get_thread_num)
 from mvn cimport (
-    COLUMNS, LANES, MOST_LANES, MOST_ROWS, ROWS, Panels, Side, aligned, cholesky, divergence,
+    COLUMNS, LANES, LARGE, MOST_LANES, MOST_ROWS, ROWS, Panels, Side, aligned, cholesky, divergence,
     gather_f32, gather_f64, lanes_cholesky, lanes_diagonal, lanes_divergence, lanes_improper,
     lanes_reciprocals, lanes_whiten, lanes_whiten_standard, ones, panels_improper,
     panels_new, reciprocals, settle, side, solve, vec)
@@ -91,7 +92,7 @@ cdef enum:
     LANES_LIMIT = 24   # rows up to which items in lanes are faster than one by one
     TOGETHER = 8       # panels that are solved together
 
-# Bits of `wrt`, in the order of the arguments.
+# Bits of `wanted`, in the order of the arguments.
 cdef enum:
     LOC_P = 1
     MATRIX_P = 2
@@ -103,7 +104,7 @@ ctypedef struct Gradient:  # one gradient of every item; strides in bytes
     npy_intp outer, row, column
 
 ctypedef struct Results:
-    int wrt
+    int wanted
     bint cov_p, cov_q
     char *cotangent
     npy_intp cotangent_outer
@@ -123,27 +124,50 @@ cdef inline void take_gradient(const Batch *batch, Gradient *g, bint wanted, bin
 
 
 cdef inline Results results(const Batch *batch, const Kernel *kernel) noexcept nogil:
-    """Where results go: behind the inputs, cotangent and divergence, gradients as `wrt` has them."""
+    """Where results go: the divergence, then gradients in the order of the inputs; behind those is
+    the cotangent."""
     cdef Results r
     cdef bint standard = kernel.options[2]
     cdef npy_intp inputs = 2 if standard else 4, inner = 3 if standard else 6, operand = inputs + 2
-    r.wrt, r.cov_p, r.cov_q = kernel.options[3], kernel.options[0], kernel.options[1]
+    r.wanted, r.cov_p, r.cov_q = kernel.wanted, kernel.options[0], kernel.options[1]
     r.cotangent, r.cotangent_outer = batch.operands[inputs], batch.outer[inputs]
     r.kl, r.kl_outer = batch.operands[inputs + 1], batch.outer[inputs + 1]
-    take_gradient(batch, &r.loc_p, r.wrt & LOC_P, False, &operand, &inner)
-    take_gradient(batch, &r.matrix_p, r.wrt & MATRIX_P, True, &operand, &inner)
-    take_gradient(batch, &r.loc_q, r.wrt & LOC_Q, False, &operand, &inner)
-    take_gradient(batch, &r.matrix_q, r.wrt & MATRIX_Q, True, &operand, &inner)
+    take_gradient(batch, &r.loc_p, r.wanted & LOC_P, False, &operand, &inner)
+    take_gradient(batch, &r.matrix_p, r.wanted & MATRIX_P, True, &operand, &inner)
+    take_gradient(batch, &r.loc_q, r.wanted & LOC_Q, False, &operand, &inner)
+    take_gradient(batch, &r.matrix_q, r.wanted & MATRIX_Q, True, &operand, &inner)
     return r
 
 
 cdef inline double finish(const Results *r, double kl, bint improper, const Side *p, const Side *q,
                           npy_intp item, npy_intp n, int *status, real type_tag) noexcept nogil:
     """Write the divergence; by what to multiply the gradients: the cotangent, NaN for bad items."""
+    cdef double cotangent = (<double *> (r.cotangent + item * r.cotangent_outer))[0]
     if not isfinite(kl):
         status[0] |= settle(&kl, improper, p, q, item, n, type_tag)
     (<real *> (r.kl + item * r.kl_outer))[0] = <real> kl
-    return NAN if isnan(kl) else (<real *> (r.cotangent + item * r.cotangent_outer))[0]
+    return NAN if isnan(kl) and cotangent != 0 else cotangent
+
+
+cdef inline void blank(const Gradient *g, npy_intp item, npy_intp rows, npy_intp columns,
+                       real type_tag) noexcept nogil:
+    cdef npy_intp i, j
+    for i in range(rows):
+        for j in range(columns):
+            (<real *> (g.data + item * g.outer + i * g.row + j * g.column))[0] = 0
+
+
+cdef inline void blank_all(const Results *r, npy_intp item, npy_intp n,
+                           real type_tag) noexcept nogil:
+    """Zeros: where the cotangent is 0, also for what is not finite."""
+    if r.wanted & LOC_P:
+        blank(&r.loc_p, item, n, 1, type_tag)
+    if r.wanted & MATRIX_P:
+        blank(&r.matrix_p, item, n, n, type_tag)
+    if r.wanted & LOC_Q:
+        blank(&r.loc_q, item, n, 1, type_tag)
+    if r.wanted & MATRIX_Q:
+        blank(&r.matrix_q, item, n, n, type_tag)
 
 
 # ---- lanes ------------------------------------------------------------------------------------
@@ -278,16 +302,16 @@ cdef inline void lanes_gradients(const Lanes *a, const Results *r, const Side *q
     cdef npy_intp n = a.n, even = a.even, stride = a.stride
     cdef bint cov_p = r.cov_p, cov_q = r.cov_q
     cdef vec *t = a.y if q == NULL else a.t
-    cdef bint triangles = (r.wrt & MATRIX_P and not cov_p) or (r.wrt & MATRIX_Q and not cov_q)
-    if q != NULL and (triangles or r.wrt & (LOC_P | LOC_Q)):
+    cdef bint triangles = (r.wanted & MATRIX_P and not cov_p) or (r.wanted & MATRIX_Q and not cov_q)
+    if q != NULL and (triangles or r.wanted & (LOC_P | LOC_Q)):
         lanes_back(a.y, a.factor_q, a.reciprocal_q, t, stride, even, 1, even + 1 if triangles else 1)
-    if r.wrt & LOC_P:
+    if r.wanted & LOC_P:
         lanes_scale(t, stride, scale, a.column, n)
         lanes_store_loc(&r.loc_p, a.column, first, last, n, type_tag)
-    if r.wrt & LOC_Q:
+    if r.wanted & LOC_Q:
         lanes_scale(t, stride, -scale, a.column, n)
         lanes_store_loc(&r.loc_q, a.column, first, last, n, type_tag)
-    if r.wrt & MATRIX_P:
+    if r.wanted & MATRIX_P:
         if cov_p:
             lanes_gram(a.y, a.s, stride, even)
             lanes_add_diagonal(a.s, a.diagonal_y, stride, even)
@@ -297,7 +321,7 @@ cdef inline void lanes_gradients(const Lanes *a, const Results *r, const Side *q
             lanes_multiply(a.diagonal_y, a.reciprocal_p, a.diagonal, n)
             lanes_triangle(t + 1, a.diagonal, scale, a.room, stride, n)
         lanes_store(&r.matrix_p, a.room, stride, first, last, n, type_tag)
-    if r.wrt & MATRIX_Q:
+    if r.wanted & MATRIX_Q:
         if cov_q:
             lanes_times(a.y, a.y, a.s, stride, even)
             lanes_add_diagonal(a.s, a.diagonal_y, stride, even)
@@ -342,6 +366,9 @@ cdef inline int lanes_gradient_rows(npy_intp first, npy_intp last, const Side *p
             (<double *> &scale)[lane] = finish(r, kl[lane], improper, p, q, item, n, &status,
                                                type_tag)
         lanes_gradients(&a, r, q, scale, group, last, type_tag)
+        for lane in range(min(<npy_intp> LANES, last - group)):
+            if (<double *> &scale)[lane] == 0:
+                blank_all(r, group + lane, n, type_tag)
     free(a.memory)
     return status
 
@@ -368,15 +395,17 @@ ctypedef struct Work:
     double *room
     double *reciprocal_p
     double *reciprocal_q
-    double *line             # COLUMNS rows
+    double *line             # COLUMNS rows for each thread
 
 
-cdef inline bint work_new(Work *w, npy_intp n, npy_intp size, bint covariances) noexcept nogil:
+cdef inline bint work_new(Work *w, npy_intp n, npy_intp size, bint covariances,
+                          int threads) noexcept nogil:
     w.n, w.rows = n, (n + COLUMNS - 1) // COLUMNS * COLUMNS
     w.panels, w.size = w.rows // ROWS + 1, size
     w.stride = (w.panels + 1) * ROWS
     cdef npy_intp square = w.panels * size, rows = w.panels * ROWS * w.stride
-    cdef npy_intp length = (3 if covariances else 1) * square + rows + 7 * w.stride
+    cdef npy_intp length = (3 if covariances else 1) * square + rows
+    length += (2 + (COLUMNS + 1) * threads) * w.stride
     cdef npy_intp i
     w.memory = calloc(length + 8, sizeof(double))
     if w.memory == NULL:
@@ -448,14 +477,22 @@ cdef inline void panels_factor(const Panels *a, double *factor, double *diagonal
     reciprocals(diagonal, reciprocal, a.padded)
 
 
-cdef inline double whiten_panels(const Panels *a, const Work *w, npy_intp index, npy_intp panels,
-                                 bint standard, Watch *watch) noexcept nogil:
+cdef inline bint is_stopped(const Panels *a, Watch *watch) noexcept nogil:
+    """Looks for signals within a large matrix."""
+    if a.n >= LARGE:
+        look_for_signals(watch)
+    return watch.stop
+
+
+cdef inline double whiten_panels(const Panels *a, const Work *w, npy_intp index, bint standard,
+                                 Watch *watch) noexcept nogil:
     """[z | Y] in some panels from number `index` on and, in rows, its transpose; |z|^2 + |Y|^2."""
+    cdef npy_intp panels = min(<npy_intp> TOGETHER, w.panels - index)
     cdef npy_intp begin = index * ROWS - COLUMNS, first, g, r, i
     cdef double squares[2 * MOST_ROWS]
     cdef double total = 0.0
     cdef double *x = w.x + index * w.size
-    if watch.stop:
+    if is_stopped(a, watch):
         return 0.0
     for r in range(2 * ROWS):
         squares[r] = 0.0
@@ -478,32 +515,43 @@ cdef inline double whiten_panels(const Panels *a, const Work *w, npy_intp index,
     return total
 
 
-cdef inline void back_panels(const Panels *a, const Work *w, double *x, npy_intp index,
-                             npy_intp panels, const double *factor, const double *reciprocal,
-                             npy_intp begin, npy_intp step, Watch *watch) noexcept nogil:
-    """X <- L^-T X in some panels from number `index` on; panel g is wanted from row
-    begin + g step on."""
-    look_for_signals(watch)
-    if not watch.stop:
-        panels_back(x + index * w.size, w.size, panels, factor + 1, a.stride, reciprocal, w.rows,
-                    begin + index * step, step)
+cdef inline double whiten(const Panels *a, const Work *w, bint standard,
+                          Watch *watch) noexcept nogil:
+    """[z | Y] and its transpose; |z|^2 + |Y|^2. Threads share the panels."""
+    cdef npy_intp groups = (w.panels + TOGETHER - 1) // TOGETHER, index
+    cdef double squares = 0.0
+    if watch.threads > 1:
+        for index in prange(groups, num_threads=watch.threads, schedule="dynamic"):
+            a.squares[index] = whiten_panels(a, w, index * TOGETHER, standard, watch)
+    else:
+        for index in range(groups):
+            a.squares[index] = whiten_panels(a, w, index * TOGETHER, standard, watch)
+    for index in range(groups):
+        squares += a.squares[index]
+    return squares
+
+
+cdef inline void back_some(const Panels *a, const Work *w, double *x, npy_intp index,
+                           npy_intp panels, const double *factor, const double *reciprocal,
+                           npy_intp begin, npy_intp step, Watch *watch) noexcept nogil:
+    """X <- L^-T X in some of `panels` panels from number `index` on, in panel g down to row
+    begin + g step."""
+    if not is_stopped(a, watch):
+        panels_back(x + index * w.size, w.size, min(<npy_intp> TOGETHER, panels - index),
+                    factor + 1, a.stride, reciprocal, w.rows, begin + index * step, step)
 
 
 cdef inline void back(const Panels *a, const Work *w, double *x, npy_intp panels,
                       const double *factor, const double *reciprocal, npy_intp begin,
                       npy_intp step, Watch *watch) noexcept nogil:
-    """X <- L^-T X; threads share the panels."""
+    """The same in all panels, which threads share."""
     cdef npy_intp groups = (panels + TOGETHER - 1) // TOGETHER, index
     if watch.threads > 1:
         for index in prange(groups, num_threads=watch.threads, schedule="dynamic"):
-            back_panels(a, w, x, index * TOGETHER,
-                        min(<npy_intp> TOGETHER, panels - index * TOGETHER), factor, reciprocal,
-                        begin, step, watch)
+            back_some(a, w, x, index * TOGETHER, panels, factor, reciprocal, begin, step, watch)
     else:
         for index in range(groups):
-            back_panels(a, w, x, index * TOGETHER,
-                        min(<npy_intp> TOGETHER, panels - index * TOGETHER), factor, reciprocal,
-                        begin, step, watch)
+            back_some(a, w, x, index * TOGETHER, panels, factor, reciprocal, begin, step, watch)
 
 
 cdef inline void store_loc(const Gradient *g, const Work *w, npy_intp item, double scale,
@@ -523,33 +571,61 @@ cdef inline void store_tril_p(const Panels *a, const Work *w, const Gradient *g,
         line_write(row, g.data + item * g.outer + i * g.row, g.column, scale, i + 1, w.n, type_tag)
 
 
+cdef inline void store_tril_q_rows(const Panels *a, const Work *w, const Gradient *g,
+                                   npy_intp item, npy_intp begin, double scale, Watch *watch,
+                                   real type_tag) noexcept nogil:
+    """Rows begin .. begin + COLUMNS - 1."""
+    cdef double *line = w.line + omp_get_thread_num() * (COLUMNS + 1) * w.stride
+    cdef double *row
+    cdef npy_intp i
+    if is_stopped(a, watch):
+        return
+    rows_times(w.x, w.size, w.m, w.stride, begin, w.rows, line, w.stride)
+    for i in range(begin, min(begin + COLUMNS, w.n)):
+        row = line + (i - begin) * w.stride
+        row[i] += a.t[i] * w.reciprocal_q[i]
+        line_write(row, g.data + item * g.outer + i * g.row, g.column, -scale, i + 1, w.n, type_tag)
+
+
 cdef inline void store_tril_q(const Panels *a, const Work *w, const Gradient *g, npy_intp item,
-                              double scale, real type_tag) noexcept nogil:
+                              double scale, Watch *watch, real type_tag) noexcept nogil:
+    cdef npy_intp blocks = w.rows // COLUMNS, index
+    if watch.threads > 1:
+        for index in prange(blocks, num_threads=watch.threads, schedule="dynamic"):
+            store_tril_q_rows(a, w, g, item, index * COLUMNS, scale, watch, type_tag)
+    else:
+        for index in range(blocks):
+            store_tril_q_rows(a, w, g, item, index * COLUMNS, scale, watch, type_tag)
+
+
+cdef inline void bracket_rows(const Panels *a, const Work *w, npy_intp begin, bint of_p,
+                              Watch *watch) noexcept nogil:
+    """Rows begin .. begin + COLUMNS - 1 of `bracket`, up to the diagonal."""
+    cdef double *line = w.line + omp_get_thread_num() * (COLUMNS + 1) * w.stride
     cdef double *row
-    cdef npy_intp begin, i
-    for begin from 0 <= begin < w.n by COLUMNS:
-        rows_times(w.x, w.size, w.m, w.stride, begin, w.rows, w.line, w.stride)
-        for i in range(begin, min(begin + COLUMNS, w.n)):
-            row = w.line + (i - begin) * w.stride
-            row[i] += a.t[i] * w.reciprocal_q[i]
-            line_write(row, g.data + item * g.outer + i * g.row, g.column, -scale, i + 1, w.n,
-                       type_tag)
+    cdef npy_intp i
+    if is_stopped(a, watch):
+        return
+    if of_p:
+        rows_gram(w.x, w.size, w.m + (begin + 1) * w.stride, w.stride, begin, w.rows, line,
+                  w.stride)
+    else:
+        rows_times(w.x, w.size, w.m, w.stride, begin, w.rows, line, w.stride)
+    for i in range(begin, begin + COLUMNS):
+        row = line + (i - begin) * w.stride + of_p
+        row[i] += a.t[i]
+        panels_put(w.s, w.size, i, i + 1, row)
 
 
-cdef inline void bracket(const Panels *a, const Work *w, bint of_p) noexcept nogil:
+cdef inline void bracket(const Panels *a, const Work *w, bint of_p, Watch *watch) noexcept nogil:
     """The symmetric matrix between the factors of a covariance's gradient."""
-    cdef double *row
-    cdef npy_intp begin, i
-    for begin from 0 <= begin < w.rows by COLUMNS:
-        if of_p:
-            rows_gram(w.x, w.size, w.m + (begin + 1) * w.stride, w.stride, begin, w.rows, w.line,
-                      w.stride)
-        else:
-            rows_times(w.x, w.size, w.m, w.stride, begin, w.rows, w.line, w.stride)
-        for i in range(begin, begin + COLUMNS):
-            row = w.line + (i - begin) * w.stride + of_p
-            row[i] += a.t[i]
-            panels_put(w.s, w.size, i, i + 1, row)
+    cdef npy_intp blocks = w.rows // COLUMNS, index
+    if watch.threads > 1:
+        for index in prange(blocks, num_threads=watch.threads, schedule="dynamic"):
+            bracket_rows(a, w, index * COLUMNS, of_p, watch)
+    else:
+        for index in range(blocks):
+            bracket_rows(a, w, index * COLUMNS, of_p, watch)
     panels_mirror(w.s, w.size, w.rows)
 
 
@@ -569,28 +645,28 @@ cdef inline void store_cov(const Panels *a, const Work *w, const Gradient *g, np
 cdef inline void panels_gradients(const Panels *a, const Work *w, const Results *r, const Side *q,
                                   npy_intp item, double scale, Watch *watch,
                                   real type_tag) noexcept nogil:
-    cdef bint triangles = ((r.wrt & MATRIX_P and not r.cov_p)
-                           or (r.wrt & MATRIX_Q and not r.cov_q))
+    cdef bint triangles = ((r.wanted & MATRIX_P and not r.cov_p)
+                           or (r.wanted & MATRIX_Q and not r.cov_q))
     cdef npy_intp i, panels
     for i in range(w.n):
         w.m[(i + 1) * w.stride + i] += 1.0
-    if r.wrt & MATRIX_P and r.cov_p:
-        bracket(a, w, True)
+    if r.wanted & MATRIX_P and r.cov_p:
+        bracket(a, w, True, watch)
         store_cov(a, w, &r.matrix_p, item, a.factor_p, w.reciprocal_p, 0.5 * scale, watch, type_tag)
-    if r.wrt & MATRIX_Q and r.cov_q:
-        bracket(a, w, False)
+    if r.wanted & MATRIX_Q and r.cov_q:
+        bracket(a, w, False, watch)
         store_cov(a, w, &r.matrix_q, item, a.factor_q, w.reciprocal_q, -0.5 * scale, watch, type_tag)
-    if q != NULL and (triangles or r.wrt & (LOC_P | LOC_Q)):
+    if q != NULL and (triangles or r.wanted & (LOC_P | LOC_Q)):
         panels = w.panels if triangles else 1
         back(a, w, w.x, panels, a.factor_q, w.reciprocal_q, -COLUMNS, ROWS, watch)
-    if r.wrt & LOC_P:
+    if r.wanted & LOC_P:
         store_loc(&r.loc_p, w, item, scale, type_tag)
-    if r.wrt & LOC_Q:
+    if r.wanted & LOC_Q:
         store_loc(&r.loc_q, w, item, -scale, type_tag)
-    if r.wrt & MATRIX_P and not r.cov_p:
+    if r.wanted & MATRIX_P and not r.cov_p:
         store_tril_p(a, w, &r.matrix_p, item, scale, type_tag)
-    if r.wrt & MATRIX_Q and not r.cov_q:
-        store_tril_q(a, w, &r.matrix_q, item, scale, type_tag)
+    if r.wanted & MATRIX_Q and not r.cov_q:
+        store_tril_q(a, w, &r.matrix_q, item, scale, watch, type_tag)
 
 
 cdef inline int panels_gradient_rows(npy_intp first, npy_intp last, const Side *p, const Side *q,
@@ -598,13 +674,13 @@ cdef inline int panels_gradient_rows(npy_intp first, npy_intp last, const Side *
                                      real type_tag) noexcept nogil:
     cdef Panels a
     cdef Work w
-    cdef npy_intp item, index, i
+    cdef npy_intp item, i
     cdef double squares, kl, scale
     cdef bint improper
     cdef int status = 0
     if not panels_new(&a, n, True, True, r.cov_p or r.cov_q, watch.threads):
         return NO_MEMORY
-    if not work_new(&w, n, a.size, r.cov_p or r.cov_q):
+    if not work_new(&w, n, a.size, r.cov_p or r.cov_q, watch.threads):
         free(a.memory)
         return NO_MEMORY
     memset(a.factor_p, 0, 2 * a.padded * a.stride * sizeof(double))
@@ -617,10 +693,7 @@ cdef inline int panels_gradient_rows(npy_intp first, npy_intp last, const Side *
         if q != NULL:
             panels_factor(&a, a.factor_q, a.diagonal_q, w.reciprocal_q, q, item,
                           item == first or not q.shared, watch, type_tag)
-        squares = 0.0
-        for index from 0 <= index < w.panels by TOGETHER:
-            squares += whiten_panels(&a, &w, index, min(<npy_intp> TOGETHER, w.panels - index),
-                                     q == NULL, watch)
+        squares = whiten(&a, &w, q == NULL, watch)
         if watch.stop:
             break
         for i in range(w.rows):
@@ -629,6 +702,8 @@ cdef inline int panels_gradient_rows(npy_intp first, npy_intp last, const Side *
         improper = not isfinite(kl) and panels_improper(a.diagonal_p, a.diagonal_q, n)
         scale = finish(r, kl, improper, p, q, item, n, &status, type_tag)
         panels_gradients(&a, &w, r, q, item, scale, watch, type_tag)
+        if scale == 0:
+            blank_all(r, item, n, type_tag)
     free(w.memory)
     free(a.memory)
     return status

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from klfast import _kernels
 from klfast._arguments import is_lazy
-from klfast.grad._shared import check_cotangent, check_outs, check_wrt, gradients
+from klfast.grad._shared import check_wrt, gradients
 from klfast.mvn import GUFUNCS, account_for_nan, batch_shape, given, to_floats
 
 __all__ = ["kl_mvn"]
@@ -27,7 +26,7 @@ def kl_mvn(
     errors: str = "raise",
     wrt: str | Sequence[str] | None = None,
     cotangent: ArrayLike | None = None,
-    out: tuple[NDArray[Any] | None, ...] | None = None,
+    out: Sequence[NDArray[Any] | None] | None = None,
 ) -> tuple[Any, ...]:
     """
     Kullback-Leibler divergence KL(P‖Q) of multivariate normal distributions and its gradients.
@@ -46,11 +45,11 @@ def kl_mvn(
     errors : {"raise", "nan"}, default "raise"
         What to do about a covariance that is not positive definite.
     wrt : str or sequence of str, optional
-        Names of the arguments whose gradients are wanted; what is not wanted costs nothing. By
-        default all that were given, in the order loc_p, P's matrix, loc_q, Q's matrix.
+        With respect to what: the gradients' order. The others are not computed. The default is all
+        that were given, in the order loc_p, matrix of P, loc_q, matrix of Q.
     cotangent : array_like, optional
-        What the divergences are multiplied by before they are summed; broadcasts against the
-        result. By default 1.
+        The gradients are those of Σ cotangent · value; the default is 1. It broadcasts against the
+        result. Items whose cotangent is 0 have gradients 0, whatever they hold.
     out : tuple of ndarray or None, optional
         Where to write the gradients, one entry each. What they hold after an error is undefined.
 
@@ -58,10 +57,10 @@ def kl_mvn(
     -------
     value : ndarray or scalar, shape (...)
         The divergence in nats, as from `klfast.kl_mvn`.
-    gradients : ndarray
-        For each name in `wrt` the gradient of ``sum(cotangent * value)``, of the argument's shape:
-        float32 for float32, float16 and bfloat16, else float64. Arguments that were broadcast have
-        theirs summed over the batch, in double. An item whose divergence is NaN has NaN gradients.
+    *gradients : ndarray
+        One for each name in `wrt`, of the argument's shape: float32 for float32, float16 and
+        bfloat16, else float64. Arguments that were broadcast have theirs summed over the batch, in
+        double. An item whose divergence is NaN has NaN gradients.
 
         With respect to a lower Cholesky factor the gradient is lower triangular, with zeros above
         the diagonal. With respect to a covariance it is the symmetric matrix G for which a small
@@ -122,30 +121,23 @@ def kl_mvn(
     if errors not in ("raise", "nan"):
         raise ValueError(f"errors must be 'raise' or 'nan', got {errors!r}")
     kinds, operands = given(loc_p, cov_p, loc_q, cov_q, scale_tril_p, scale_tril_q)
-    value_gufunc, names = GUFUNCS[kinds]
+    gufunc, names = GUFUNCS[kinds]
+    wanted = check_wrt(wrt, names)
     operands = to_floats(names, operands)
     for name, x in zip(names, operands, strict=True):
         if is_lazy(x):
-            raise TypeError(f"{name} is a lazy array, which klfast.grad does not take")
-    batch = batch_shape(names, operands, None)
-    dtype = operands[0].dtype
-    wanted = check_wrt(wrt, names)
-    order = sorted(wanted)
-    shapes = [operands[i].shape for i in wanted]
-    into = check_outs(out, [names[i] for i in wanted], shapes, dtype)
-    outs = dict(zip(wanted, into, strict=True))
-    gufunc = _kernels.gradients("_".join(("mvn", *kinds)), sum(1 << i for i in wanted))
-    with np.errstate(invalid="ignore", over="ignore"):
-        value, *grads = gradients(
-            gufunc,
-            operands,
-            [1 if name.startswith("loc") else 2 for name in names],
-            check_cotangent(cotangent, batch, dtype),
-            batch,
-            order,
-            [outs[i] for i in order],
+            raise TypeError(f"{name} is a lazy array; klfast.grad takes arrays in memory")
+    batch_shape(names, operands, None)
+    with np.errstate(invalid="ignore"):
+        results = gradients(
+            "_".join(("mvn", *kinds)),
+            dict(zip(names, operands, strict=True)),
+            wanted,
+            shapes={name: x.shape for name, x in zip(names, operands, strict=True)},
+            cores=[1 if name.startswith("loc") else 2 for name in names],
+            cotangent=cotangent,
+            out=out,
         )
-    if np.isnan(value).any():
-        account_for_nan(value_gufunc, names, operands, np.asarray(value), errors)
-    found = dict(zip(order, grads, strict=True))
-    return value, *(found[i] for i in wanted)
+    if np.isnan(results[0]).any():
+        account_for_nan(gufunc, names, operands, np.asarray(results[0]), errors)
+    return results
