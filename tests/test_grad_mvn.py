@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tracemalloc
 
 import klfast
@@ -121,7 +122,7 @@ def test_covariances(size, sides, dtype, near):
     condition = max(np.linalg.cond(a).max() for name, a in arrays.items() if name[:3] == "cov")
     distance = 1.0
     if near is not None:  # what rounding the covariances has left of it
-        distance = max(near, float(np.finfo(dtype).eps)) / condition
+        distance = max(near, float(np.finfo(dtype).eps))
     bound = BOUND[dtype] / 4 + size * condition * 2.0**-53 / distance
     for index in range(2):
         item = take(arrays, index)
@@ -288,7 +289,7 @@ def test_layouts(dtype, size, sides):
 @pytest.mark.parametrize("size", [2, 8, 27])
 @pytest.mark.parametrize("sides", ["", "pq"])
 def test_broadcast_arguments_are_summed_back(dtype, size, sides):
-    """In double: the error is that of one rounding, though the terms cancel."""
+    """In double: float32 is rounded only once more, however many terms cancel."""
     count = 3000 // size
     arrays = with_covariances(factors(size, (2, count), dtype=dtype), sides)
     loc, one = list(arrays)[2], list(arrays)[3]
@@ -306,13 +307,14 @@ def test_broadcast_arguments_are_summed_back(dtype, size, sides):
         axes = {loc: (1,), one: (0, 1)}.get(name, ())
         total = w.astype(np.longdouble).sum(axis=axes, keepdims=True).reshape(g.shape)
         absolute = np.abs(w).astype(np.longdouble).sum(axis=axes, keepdims=True).reshape(g.shape)
-        assert np.all(np.abs(g - total) <= np.finfo(dtype).eps * (np.abs(total) + 1e-7 * absolute))
+        rounding = 2.0**-53 * count * absolute
+        assert np.all(np.abs(g - total) <= np.finfo(dtype).eps * np.abs(total) + rounding)
 
 
 def test_one_q_for_many_takes_no_memory_of_the_batch():
     arrays = factors(8, (30_000,))
     shared = arrays | {"loc_q": arrays["loc_q"][0], "scale_tril_q": arrays["scale_tril_q"][0]}
-    klfast.grad.kl_mvn(**{name: a[:1] if a.ndim > 1 else a for name, a in shared.items()})
+    klfast.grad.kl_mvn(**shared, wrt=("loc_q", "scale_tril_q"))
     tracemalloc.start()
     try:
         klfast.grad.kl_mvn(**shared, wrt=("loc_q", "scale_tril_q"))
@@ -392,14 +394,17 @@ def test_neighbours_do_not_matter(size):
 
 
 @pytest.mark.parametrize("size", [2, 8, 20, 30])
-@pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0, -1.0])
-@pytest.mark.parametrize("which", FACTORS)
-def test_bad_items_are_nan_alone(size, bad, which):
+@pytest.mark.parametrize(
+    ("which", "bad"),
+    [
+        *itertools.product(FACTORS, (np.nan, np.inf)),
+        *itertools.product(FACTORS[1::2], (0.0, -1.0)),
+    ],
+)
+def test_bad_items_are_nan_alone(size, which, bad):
     arrays = factors(size, (9,))
     want = klfast.grad.kl_mvn(**arrays)
     arrays[which][(4,) + (1,) * (arrays[which].ndim - 1)] = bad
-    if which.startswith("loc") and np.isfinite(bad):
-        return
     with np.errstate(invalid="ignore"):
         got = klfast.grad.kl_mvn(**arrays)
         blank = klfast.grad.kl_mvn(**arrays, cotangent=np.arange(9) != 4)
