@@ -227,6 +227,9 @@ def gradient_gufunc(name, int wanted):
     return hang_up(hook, name, signature, dtypes, inputs + len(extra), 1 + outputs)
 
 
+include "xla.pxi"
+
+
 def are_plain(*arrays):
     """Whether these can go to a gufunc as they are: ndarrays of float32 or of float64, at most two
     axes."""
