@@ -59,6 +59,8 @@ plain: dict[str, Callable[..., Any]] = _module.plain
 set_threads: Callable[..., None] = _module.set_threads
 get_threads: Callable[[], tuple[int, int]] = _module.get_threads
 build: Callable[[], dict[str, Any]] = _module.build
+xla_target: Callable[[], object] = _module.xla_target
+xla_expose: Callable[[str, Callable[..., Any]], None] = _module.xla_expose
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(

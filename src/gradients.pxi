@@ -80,14 +80,35 @@ cdef void slope_piece(const Row *row, const Slope *slope, const Target *target, 
             row) else (piece + 1) * PIECE, of_type)
 
 
+ctypedef struct SlopePieces:
+    const Row *row
+    const Slope *slope
+    const Target *target
+    Watch *watch
+
+
+cdef int slope_piece_f32(void *context, npy_intp i) noexcept nogil:
+    cdef const SlopePieces *job = <const SlopePieces *> context
+    slope_piece(job.row, job.slope, job.target, i, job.watch, <float> 0)
+    return 0
+
+
+cdef int slope_piece_f64(void *context, npy_intp i) noexcept nogil:
+    cdef const SlopePieces *job = <const SlopePieces *> context
+    slope_piece(job.row, job.slope, job.target, i, job.watch, <double> 0)
+    return 0
+
+
 cdef void slope_row(const Row *row, const Slope *slope, const Target *target, Watch *watch,
                     real of_type) noexcept nogil:
-    cdef npy_intp pieces = pieces_of(row), i
+    cdef npy_intp pieces = pieces_of(row)
+    cdef SlopePieces job
     if pieces == 1:
         slope_stretch(row, slope, target, 0, row.length, of_type)
     else:
-        for i in prange(pieces, num_threads=watch.threads, schedule="dynamic"):
-            slope_piece(row, slope, target, i, watch, of_type)
+        job.row, job.slope, job.target, job.watch = row, slope, target, watch
+        parallel_for(slope_piece_f32 if real is float else slope_piece_f64, &job, pieces,
+                     watch.threads)
 
 
 cdef bint fast_gradient(const Row *row, Slope *slope, const Target *target, Watch *watch,

@@ -6,7 +6,6 @@ on how rows were handed out: tasks begin at multiples of the kernel's group of n
 and a kernel that spreads one long row over threads cuts it into pieces of fixed length.
 """
 
-from cython.parallel cimport prange
 from libc.math cimport INFINITY
 from numpy cimport npy_intp
 
@@ -23,6 +22,8 @@ cdef extern from "threads.h" nogil:
     int signal_raised()
     void report_status(int invalid)
     void raise_memory_error()
+    ctypedef int (*Step)(void *context, npy_intp i) noexcept nogil
+    int parallel_for(Step step, void *context, npy_intp n, int threads)
 
 cdef enum:
     INVALID = 1    # status bit: a row came back NaN for a bad value that was not NaN itself
@@ -92,35 +93,48 @@ cdef inline bint one_by_one(npy_intp n, Plan plan, int threads) noexcept nogil:
             and (n < 4 * threads or plan.row_ns > LONG_NS))
 
 
-cdef inline int run(const Batch *batch, npy_intp n, const Kernel *kernel, Plan plan) noexcept nogil:
+ctypedef struct Tasks:
+    const Batch *batch
+    const Kernel *kernel
+    Watch *watch
+    npy_intp n             # rows
+    npy_intp length        # of a task
+
+
+cdef inline int run_task(void *context, npy_intp task) noexcept nogil:
+    cdef const Tasks *tasks = <const Tasks *> context
+    look_for_signals(tasks.watch)
+    if tasks.watch.stop:
+        return 0
+    return tasks.kernel.rows(tasks.batch, task * tasks.length,
+                             min(tasks.n, (task + 1) * tasks.length), tasks.kernel, tasks.watch)
+
+
+cdef inline int run(const Batch *batch, npy_intp n, const Kernel *kernel, Plan plan,
+                    bint in_python) noexcept nogil:
+    """Compute the batch; returns status bits. Signals are looked for where Python waits for it."""
     cdef double total = n * plan.row_ns
     cdef int threads = threads_worth(total), status = 0
     cdef Watch watch
     watch.threads, watch.stop, watch.next_look = threads, False, INFINITY
     if total < SERIAL_NS:
         return kernel.rows(batch, 0, n, kernel, &watch)
-    watch.next_look = seconds() + 0.05
+    if in_python:
+        watch.next_look = seconds() + 0.05
     cdef bint serial = threads == 1 or one_by_one(n, plan, threads)
     cdef double share = total if serial else total / threads
     cdef double task_ns = min(share, max(<double> TASK_NS, 50 * plan.setup_ns))
     cdef npy_intp length = <npy_intp> max(1.0, task_ns / plan.row_ns)
     length = (length + plan.group - 1) // plan.group * plan.group
-    cdef npy_intp tasks = (n + length - 1) // length, task
+    cdef npy_intp count = (n + length - 1) // length, task
+    cdef Tasks tasks
+    tasks.batch, tasks.kernel, tasks.watch, tasks.n, tasks.length = batch, kernel, &watch, n, length
     if serial:
-        for task in range(tasks):
-            look_for_signals(&watch)
-            if watch.stop:
-                break
-            status |= kernel.rows(batch, task * length, min(n, (task + 1) * length), kernel, &watch)
-    else:
-        watch.threads = 1
-        threads = <int> min(<npy_intp> threads, tasks)
-        for task in prange(tasks, num_threads=threads, schedule="dynamic"):
-            look_for_signals(&watch)
-            if not watch.stop:
-                status |= kernel.rows(
-                    batch, task * length, min(n, (task + 1) * length), kernel, &watch)
-    return status
+        for task in range(count):
+            status |= run_task(&tasks, task)
+        return status
+    watch.threads = 1
+    return parallel_for(run_task, &tasks, count, <int> min(<npy_intp> threads, count))
 
 
 cdef inline void gufunc_loop(char **operands, const npy_intp *dimensions,
@@ -135,7 +149,7 @@ cdef inline void gufunc_loop(char **operands, const npy_intp *dimensions,
     cdef Plan plan = kernel.plan(&batch, kernel)
     if n * plan.row_ns > SHARE_NS and PyGILState_Check():
         released = PyEval_SaveThread()
-    cdef int status = run(&batch, n, kernel, plan)
+    cdef int status = run(&batch, n, kernel, plan, True)
     if released != NULL:
         PyEval_RestoreThread(released)
     if status & NO_MEMORY:

@@ -234,6 +234,9 @@ def gradient_gufunc(name, int wanted):
     return hang_up(hook, name, signature, dtypes, inputs + len(extra), 1 + outputs)
 
 
+include "xla.pxi"
+
+
 def set_threads(*, default=None, everybody=None, here=None):
     """Thread counts: the default, what code asked for, and for the calling thread alone (0: none)."""
     global threads_default, threads_asked, threads_here

@@ -9,9 +9,8 @@ looked at again: values that decide the result end there, the rest is computed w
 then in double, then by the family's `hard_value`.
 """
 
-from cython.parallel cimport prange
 from numpy cimport npy_intp
-from gufunc cimport INVALID, Batch, Kernel, Plan, Watch, look_for_signals
+from gufunc cimport INVALID, Batch, Kernel, Plan, Watch, look_for_signals, parallel_for
 from sums cimport (
     BLOCK, LANES, MAX_OPERANDS, NARROW_STRIP, SHORT_ROW, STRIP, Family, Format, LaneParts, LaneSums, Row,
     Sums, Trait, add, clear, clear_lanes, conditioning, divergence_of, least, round_off,
@@ -203,19 +202,40 @@ cdef void sum_piece(const Row *row, npy_intp piece, double ratio, Watch *watch, 
             piece + 1) * PIECE, ratio, sums, of_type)
 
 
+ctypedef struct SumPieces:
+    const Row *row
+    npy_intp start
+    double ratio
+    Watch *watch
+    Sums *parts
+
+
+cdef int sum_piece_f32(void *context, npy_intp i) noexcept nogil:
+    cdef const SumPieces *job = <const SumPieces *> context
+    sum_piece(job.row, job.start + i, job.ratio, job.watch, &job.parts[i], <float> 0)
+    return 0
+
+
+cdef int sum_piece_f64(void *context, npy_intp i) noexcept nogil:
+    cdef const SumPieces *job = <const SumPieces *> context
+    sum_piece(job.row, job.start + i, job.ratio, job.watch, &job.parts[i], <double> 0)
+    return 0
+
+
 cdef void sum_row(const Row *row, double ratio, Watch *watch, Sums *sums,
                   real of_type) noexcept nogil:
     """All there is, or anything once it is no longer wanted."""
     cdef Sums team[TEAM + 1]
     cdef Sums *parts = &team[1]
-    cdef npy_intp pieces = pieces_of(row), start = 0, count, i
+    cdef npy_intp pieces = pieces_of(row), start = 0, count
+    cdef SumPieces job
     if pieces == 1:
         sum_stretch(row, 0, row.length, ratio, sums, of_type)
         return
+    job.row, job.ratio, job.watch, job.parts = row, ratio, watch, parts
     while start < pieces and not watch.stop:
-        count = min(<npy_intp> TEAM, pieces - start)
-        for i in prange(count, num_threads=watch.threads, schedule="dynamic"):
-            sum_piece(row, start + i, ratio, watch, &parts[i], of_type)
+        job.start, count = start, min(<npy_intp> TEAM, pieces - start)
+        parallel_for(sum_piece_f32 if real is float else sum_piece_f64, &job, count, watch.threads)
         if start == 0:
             combine(parts, count, row.inverse_temperature, sums)
         else:

@@ -73,6 +73,21 @@ static inline int thread_limit(void) {
     return threads_default < omp_get_max_threads() ? threads_default : omp_get_max_threads();
 }
 
+/* step(context, i) for i < n by up to `threads` threads in turn; gives the steps' bits together.
+ * Cython's prange would be the same, but takes the GIL before it and after it, where it is not
+ * known to be held, even in threads that Python knows nothing of. */
+typedef int (*Step)(void *context, Py_ssize_t i);
+static int parallel_for(Step step, void *context, Py_ssize_t n, int threads) {
+    int bits = 0;
+    Py_ssize_t i;
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(| : bits)
+#endif
+    for (i = 0; i < n; i++)
+        bits |= step(context, i);
+    return bits;
+}
+
 /* Let Python's signal handlers run; true when one raised (Ctrl-C). NumPy does not look for
  * exceptions behind a numerical loop, so what was raised waits for the interpreter, which raises
  * it as soon as the call is over. */
