@@ -88,7 +88,7 @@ def normal_normal(p: Normal, q: Normal) -> Tensor:
     return kl_normal(p.loc, p.scale, q.loc, q.scale, axis=()).to(p.loc.dtype)
 
 
-def independent_independent(p: Independent, q: Independent) -> Tensor:
+def independent_independent(p: Independent[Any], q: Independent[Any]) -> Tensor:
     """Normals are summed over their event axes as they are computed."""
     axes, bases = p.reinterpreted_batch_ndims, (p.base_dist, q.base_dist)
     if axes == 0 or axes != q.reinterpreted_batch_ndims or {type(b) for b in bases} != {Normal}:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from klfast.torch._autograd import at_their_places, categorical_call, no_second_derivatives
 from klfast.torch._tensors import (
     as_array,
     check,
@@ -17,13 +18,7 @@ from klfast.torch._tensors import (
     value,
     value_and_gradients,
 )
-from klfast.torch.operators import (
-    at_their_places,
-    categorical_call,
-    kl_categorical,
-    kl_normal,
-    no_second_derivatives,
-)
+from klfast.torch.operators import kl_categorical, kl_normal
 
 __all__ = ["ELBO", "distillation_loss", "elbo", "kl_div", "kl_to_standard_normal"]
 
@@ -180,8 +175,8 @@ def distillation_loss(
     if needs_gradient(student, teacher):
         loss: Tensor = Distillation.apply(student, teacher, temperature, weight)
         return loss
-    rows = value(categorical_call(temperature), (teacher, student)).numpy()
-    return weighted_sum(rows, weight)
+    rows = value(categorical_call(temperature), (teacher, student))
+    return weighted_sum(rows.numpy(), weight)
 
 
 def rows_that_count(
