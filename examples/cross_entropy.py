@@ -21,7 +21,9 @@ def main():
     divergence = klfast.kl_discrete(ink, ink.sum(0), base=2)  # counts will do
     print("digit   H(P, Q) =   H(P) + KL(P‖Q)   bits")
     for digit in range(10):
-        print(f"{digit:5} {cross_entropy[digit]:9.4f} {entropy[digit]:8.4f} {divergence[digit]:9.4f}")
+        print(
+            f"{digit:5} {cross_entropy[digit]:9.4f} {entropy[digit]:8.4f} {divergence[digit]:9.4f}"
+        )
     np.testing.assert_allclose(cross_entropy, entropy + divergence, rtol=1e-13)
 
 

@@ -77,7 +77,9 @@ def main(directory="."):
         mu, logvar = model.encoder(images).double().chunk(2, dim=-1)
         closed_form = (mu**2 + logvar.exp() - 1 - logvar).sum(-1) / 2
         torch.testing.assert_close(kl_to_standard_normal(mu, logvar), closed_form)
-    print(f"−ELBO fell from {loss[0]:.1f} to {loss[-1]:.1f} nats per image, KL {history[-1, 1]:.1f}")
+    print(
+        f"−ELBO fell from {loss[0]:.1f} to {loss[-1]:.1f} nats per image, KL {history[-1, 1]:.1f}"
+    )
 
 
 if __name__ == "__main__":
