@@ -11,6 +11,7 @@ NumPy's "invalid" condition where a row is NaN because of a bad value.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -64,3 +65,10 @@ if hasattr(os, "register_at_fork"):
         after_in_parent=_module.after_fork,
         after_in_child=_module.after_fork,
     )
+
+
+@functools.cache
+def gradients(name: str, wanted: int) -> Callable[..., Any]:
+    """The gufunc of values and gradients; bit i of `wanted`: with respect to operand i."""
+    gufunc: Callable[..., Any] = _module.gradient_gufunc(name, wanted)
+    return gufunc

@@ -85,7 +85,7 @@ def kl_categorical(
     >>> print(f"{klfast.kl_categorical(p, q + 100):.6f}")
     0.143841
     """
-    temperature = _check_temperature(temperature)
+    temperature = check_temperature(temperature)
     if axis == -1 and not keepdims and base is None and out is None:
         result = call_plainly("categorical", (logits_p, logits_q), temperature)
         if result is not None:
@@ -101,7 +101,7 @@ def kl_categorical(
     )
 
 
-def _check_temperature(temperature: Any) -> Any:
+def check_temperature(temperature: Any) -> Any:
     if type(temperature) is float:
         if temperature == 1:
             return ONE

@@ -86,10 +86,10 @@ def kl_normal(
     >>> print(klfast.kl_normal([0.0], logvar_p=[0.0], loc_q=[1.0], logvar_q=[0.0], axis=()))
     [0.5]
     """
-    kind_p, spread_p = _kind("p", scale_p, var_p, logvar_p)
+    kind_p, spread_p = kind_of("p", scale_p, var_p, logvar_p)
     kind_q, spread_q = kind_p, STANDARD[kind_p]
     if loc_q is not None:
-        kind_q, spread_q = _kind("q", scale_q, var_q, logvar_q)
+        kind_q, spread_q = kind_of("q", scale_q, var_q, logvar_q)
         if axis == -1 and not keepdims and out is None:
             result = call_plainly(f"normal_{kind_p}_{kind_q}", (loc_p, spread_p, loc_q, spread_q))
             if result is not None:
@@ -116,7 +116,7 @@ def kl_normal(
     return reduce(f"normal_{kind_p}_{kind_q}", arrays, axis=axis, keepdims=keepdims, out=out)
 
 
-def _kind(side: str, scale: Any, var: Any, logvar: Any) -> tuple[str, Any]:
+def kind_of(side: str, scale: Any, var: Any, logvar: Any) -> tuple[str, Any]:
     """What was given for the spread of a side, and its value."""
     if var is None and logvar is None and scale is not None:
         return "scale", scale

@@ -14,15 +14,15 @@ plainest, the first that is good enough for a block:
 e^a has the same bits in each.
 """
 
-from gufunc cimport INVALID, Watch, is_unwanted
+from gufunc cimport Watch, is_unwanted
 from libc.math cimport exp as libm_exp, log
 from numpy cimport npy_intp
 from sums cimport (
-    BLOCK, LANES, STRIP, LaneParts, LaneSums, Row, Sums, across, add, add_lanes, clear, clear_lanes, copy,
+    BLOCK, LANES, STRIP, LaneParts, LaneSums, Row, Slope, Sums, Trait, across, add, add_lanes, clear, clear_lanes, copy,
     divergence_of, element, fill, fold, largest, least, round_off, run_length, two_sum,
 )
 from vecmath cimport (
-    INFINITY, NAN, exp, larger, phi, phi_near, real, residual_product, smaller,
+    INFINITY, NAN, exp, expm1, larger, phi, phi_near, real, residual_product, smaller,
 )
 
 cdef enum Loop:
@@ -402,6 +402,16 @@ cdef void categorical_columns(const real **x, const npy_intp *step, int n,
             into.doubtful[lane] = 1
 
 
+cdef inline double peak_of(const Row *row, Watch *watch, int operand) noexcept nogil:
+    cdef double peak = -INFINITY
+    cdef npy_intp i
+    for i in range(row.length):
+        if is_unwanted(watch, i):
+            return NAN
+        peak = larger(element(row, operand, i), peak)
+    return peak
+
+
 cdef inline double log_sum_exp(const Row *row, Watch *watch, int operand, double peak) noexcept nogil:
     """log of the sum of exp((x - peak)/T)."""
     cdef double x, result = 0, rest = 0
@@ -414,31 +424,39 @@ cdef inline double log_sum_exp(const Row *row, Watch *watch, int operand, double
     return log(result + rest)
 
 
-cdef inline double categorical_hard_value(const Row *row, Watch *watch, int *status) noexcept nogil:
-    """Bad values, p > 0 where q = 0, and rows where no guess of the shift came near."""
-    cdef double a, b, peak_a = -INFINITY, peak_b = -INFINITY
-    cdef bint infinite = False
-    cdef npy_intp i
-    for i in range(row.length):
-        if is_unwanted(watch, i):
-            return NAN
-        a, b = element(row, 0, i), element(row, 1, i)
-        if a != a or b != b:
-            return NAN
-        infinite |= a > -INFINITY and b == -INFINITY
-        peak_a, peak_b = larger(a, peak_a), larger(b, peak_b)
-    if not (-INFINITY < peak_a < INFINITY and -INFINITY < peak_b < INFINITY):
-        status[0] |= INVALID
-        return NAN
-    if infinite:
-        return INFINITY
-    return categorical_hard_divergence(row, watch, peak_a, peak_b)
+cdef int categorical_traits(const double **x, int n) noexcept nogil:
+    """Of n elements, LANES or more once padded."""
+    cdef double a, b
+    cdef double peak_a[LANES]
+    cdef double peak_b[LANES]
+    cdef double missing[LANES]
+    cdef double infinite[LANES]
+    cdef int lane, step, at
+    for lane in range(LANES):
+        missing[lane] = infinite[lane] = 0
+        peak_a[lane] = peak_b[lane] = -INFINITY
+    for step in range((n + LANES - 1) // LANES):
+        at = min(step * LANES, n - LANES)
+        for lane in range(LANES):
+            a, b = x[0][at + lane], x[1][at + lane]
+            missing[lane] = missing[lane] if a == a else 1
+            missing[lane] = missing[lane] if b == b else 1
+            peak_a[lane], peak_b[lane] = larger(a, peak_a[lane]), larger(b, peak_b[lane])
+            b = b if a > -INFINITY else 0
+            infinite[lane] = infinite[lane] if b > -INFINITY else 1
+    a, b = largest(peak_a), largest(peak_b)
+    return (
+        (Trait.HAS_NAN if largest(missing) > 0 else 0)
+        | (Trait.HAS_BAD if larger(a, b) == INFINITY else 0)
+        | (Trait.HAS_INFINITE if largest(infinite) > 0 else 0)
+        | (Trait.HAS_P if a > -INFINITY else 0) | (Trait.HAS_Q if b > -INFINITY else 0))
 
 
-cdef inline double categorical_hard_divergence(const Row *row, Watch *watch, double peak_a,
-                                               double peak_b) noexcept nogil:
-    """The formula at the head with the exact shift, one element at a time."""
+cdef inline double categorical_hard_value(const Row *row, Watch *watch) noexcept nogil:
+    """Where no shift of a block came near: the formula at the head with the exact shift, one element
+    at a time."""
     cdef double beta = row.inverse_temperature, a, b, p, q, y, drift
+    cdef double peak_a = peak_of(row, watch, 0), peak_b = peak_of(row, watch, 1)
     cdef double lse_a = log_sum_exp(row, watch, 0, peak_a), lse_b = log_sum_exp(row, watch, 1, peak_b)
     cdef double shift = (peak_a - peak_b) + (lse_a - lse_b) / beta
     cdef npy_intp i
@@ -458,3 +476,194 @@ cdef inline double categorical_hard_divergence(const Row *row, Watch *watch, dou
             add(&sums, p, q - p - drift, drift, 0)
     round_off(&sums)
     return divergence_of(sums.weight, sums.divergence, sums.drift)
+
+
+# Gradients. With r_i = log(P_i/Q_i) = -y_i for the exact shift, log(sum e^a / sum e^b),
+#     d/da_i = P_i (r_i - KL)/T,   d/db_i = (Q_i - P_i)/T = P_i expm1(y_i)/T.
+# e^a and y are taken by the loops above, y always in two parts: an element's error is its own.
+
+cdef enum:
+    FACTOR = 4 * LANES       # cotangent/(T W)
+    SHIFT_REST = 5 * LANES
+    VALUE = 6 * LANES        # KL
+    SLOPE_CONSTANTS = 7 * LANES
+
+
+cdef inline real exact_gap(real a, real b, real shift, real shift_rest, real *rest) noexcept nogil:
+    """As gap, for a shift in two parts."""
+    cdef real w_rest, d_rest
+    cdef real w = difference(a, b, &w_rest)
+    cdef real d = difference(shift, w, &d_rest)
+    cdef real correction = d_rest + (shift_rest - w_rest)
+    cdef real y = d + correction
+    rest[0] = correction - (y - d)
+    return y
+
+
+cdef inline void categorical_slope_run(int loop, int wanted, const real *a, const real *b,
+                                       npy_intp step_a, npy_intp step_b, int n,
+                                       const real *constants, real *to_a, real *to_b) noexcept nogil:
+    """The gradients of n elements of each lane, LANES apart."""
+    cdef int lane, i
+    cdef real x, z, shift, y_rest, masked = -<real> INFINITY, safe = <real> safe_exponent(masked)
+    cdef real p[LANES]
+    cdef real q[LANES]
+    cdef real y[LANES]
+    cdef real rest[LANES]
+    cdef real slope[LANES]
+    for i in range(n):
+        for lane in range(LANES):
+            x, z = a[i * step_a + lane], b[i * step_b + lane]
+            p[lane] = constants[FACTOR + lane] * weight_of(loop, x, constants, lane)
+            if loop == Loop.FAR:
+                p[lane] = p[lane] if x != masked else <real> 0
+                x = x if x != masked else constants[PEAK + lane]
+                z = z if z != masked else x - constants[SHIFT + lane]
+            y[lane] = exact_gap(x, z, constants[SHIFT + lane], constants[SHIFT_REST + lane], &y_rest)
+            if loop >= Loop.EXACT:
+                y[lane] = product(
+                    y[lane], y_rest, constants[BETA + lane], constants[BETA_REST + lane], &y_rest)
+            rest[lane] = y_rest
+            if loop == Loop.FAR:
+                y[lane] = y[lane] if b[i * step_b + lane] != masked else masked
+        if wanted & 1:
+            for lane in range(LANES):
+                x = constants[VALUE + lane]
+                if loop == Loop.FAR:  # where q is 0 the value is infinite, and of lower order
+                    x = x if y[lane] != masked else <real> 0
+                slope[lane] = -p[lane] * (y[lane] + x)
+                if loop == Loop.FAR:
+                    slope[lane] = slope[lane] if p[lane] != 0 else <real> 0
+            copy(slope, to_a + i * LANES)
+        if wanted & 2:
+            if loop == Loop.FAR:
+                for lane in range(LANES):
+                    z = b[i * step_b + lane]
+                    x = exact_gap(constants[PEAK + lane], z, constants[SHIFT + lane],
+                                  constants[SHIFT_REST + lane], &y_rest)
+                    x = product(
+                        x, y_rest, constants[BETA + lane], constants[BETA_REST + lane], &y_rest)
+                    q[lane] = clamped_exp(x, y_rest) if z != masked else <real> 0
+                for lane in range(LANES):
+                    x = y[lane]
+                    q[lane] = q[lane] * constants[FACTOR + lane] - p[lane]
+                    z = smaller(larger(x, -safe), safe)
+                    z = p[lane] * expm1(z, rest[lane] if z == x else <real> 0)
+                    z = z if p[lane] != 0 else q[lane]
+                    slope[lane] = z if (x > -safe) & (x < safe) else q[lane]
+            else:
+                for lane in range(LANES):
+                    slope[lane] = p[lane] * expm1(y[lane], rest[lane])
+            copy(slope, to_b + i * LANES)
+
+
+cdef inline int slope_loop(double low_a, double high_a, double low_w, double high_w,
+                           const Slope *slope, real of_type) noexcept nogil:
+    cdef double safe = safe_exponent(of_type), limit = offset_limit(of_type)
+    cdef double beta = slope.beta
+    cdef double farthest = larger(slope.shift - low_w, high_w - slope.shift) * beta
+    cdef bint within = farthest < safe and (slope.peak - low_a) * beta < safe and (
+        (high_a - slope.peak) * beta < safe)
+    if not within:
+        return Loop.FAR
+    if beta == 1 and slope.peak == 0 and -limit < low_a and high_a < limit:
+        return Loop.PLAIN
+    return Loop.EXACT
+
+
+cdef inline void gap_ranges(const real *a, const real *b, npy_intp step_a, npy_intp step_b, int n,
+                            real *found) noexcept nogil:
+    """Smallest and largest of a and of a - b, of n terms of each lane. NaN are passed over."""
+    cdef int lane, i
+    cdef real x, w
+    cdef real low_a[LANES]
+    cdef real high_a[LANES]
+    cdef real low_w[LANES]
+    cdef real high_w[LANES]
+    copy(found, low_a)
+    copy(found + LANES, high_a)
+    copy(found + 2 * LANES, low_w)
+    copy(found + 3 * LANES, high_w)
+    for i in range(n):
+        for lane in range(LANES):
+            x = a[i * step_a + lane]
+            w = x - b[i * step_b + lane]
+            low_a[lane], high_a[lane] = smaller(x, low_a[lane]), larger(x, high_a[lane])
+            low_w[lane], high_w[lane] = smaller(w, low_w[lane]), larger(w, high_w[lane])
+    copy(low_a, found)
+    copy(high_a, found + LANES)
+    copy(low_w, found + 2 * LANES)
+    copy(high_w, found + 3 * LANES)
+
+
+cdef inline void slope_constants(const Slope *slopes, int each, real *constants) noexcept nogil:
+    """Of LANES rows, or (each = 0) of one."""
+    cdef int lane
+    cdef const Slope *slope
+    for lane in range(LANES):
+        slope = slopes + lane * each
+        constants[PEAK + lane] = <real> slope.peak
+        constants[SHIFT + lane] = <real> slope.shift
+        constants[SHIFT_REST + lane] = <real> (
+            (slope.shift - <real> slope.shift) + slope.shift_rest)
+        constants[BETA + lane] = <real> slope.beta
+        constants[BETA_REST + lane] = <real> (slope.beta - <real> slope.beta)
+        constants[FACTOR + lane] = <real> (slope.cotangent * slope.beta / slope.weight)
+        constants[VALUE + lane] = <real> slope.value
+
+
+cdef void categorical_slope_loop(int loop, int wanted, const real *a, const real *b, npy_intp step_a,
+                                 npy_intp step_b, int n, const real *constants, real *to_a,
+                                 real *to_b) noexcept nogil:
+    if loop == Loop.PLAIN:
+        categorical_slope_run(
+            Loop.PLAIN, wanted, a, b, step_a, step_b, n, constants, to_a, to_b)
+    elif loop == Loop.EXACT:
+        categorical_slope_run(
+            Loop.EXACT, wanted, a, b, step_a, step_b, n, constants, to_a, to_b)
+    else:
+        categorical_slope_run(Loop.FAR, wanted, a, b, step_a, step_b, n, constants, to_a, to_b)
+
+
+cdef void categorical_slopes(const real **x, int n, const Slope *slope, int wanted,
+                             real **to) noexcept nogil:
+    """The gradients of n elements, LANES or more once padded; the last lanes overlap."""
+    cdef real constants[SLOPE_CONSTANTS]
+    cdef real found[4 * LANES]
+    cdef int lane, loop, steps = n // LANES
+    cdef npy_intp last = n - LANES
+    for lane in range(LANES):
+        found[lane] = found[2 * LANES + lane] = <real> INFINITY
+        found[LANES + lane] = found[3 * LANES + lane] = -<real> INFINITY
+    slope_constants(slope, 0, constants)
+    gap_ranges(x[0], x[1], LANES, LANES, steps, found)
+    gap_ranges(x[0] + last, x[1] + last, LANES, LANES, 1, found)
+    loop = slope_loop(least(found), largest(found + LANES), least(found + 2 * LANES),
+                      largest(found + 3 * LANES), slope, <real> 0)
+    categorical_slope_loop(
+        loop, wanted, x[0], x[1], LANES, LANES, steps, constants, to[0], to[1])
+    if n % LANES:
+        categorical_slope_loop(loop, wanted, x[0] + last, x[1] + last, LANES, LANES, 1, constants,
+                               to[0] + last, to[1] + last)
+
+
+cdef inline void categorical_slope(const Row *row, const Sums *sums, Slope *slope) noexcept nogil:
+    """From the sums of a row. A weight below 1 would leave small P_i to underflow."""
+    cdef double move, beta = row.inverse_temperature
+    slope.beta, slope.peak, slope.weight, slope.shift_rest = beta, sums.peak, sums.weight, 0
+    slope.shift = two_sum(
+        sums.shift, -(sums.drift / sums.weight + slope.value) / beta, &slope.shift_rest)
+    if not 0.5 < sums.weight < 1e30:
+        move = log(sums.weight)
+        slope.peak = <double> <float> (sums.peak + move / beta)
+        slope.weight = libm_exp((sums.peak - slope.peak) * beta + move)
+
+
+cdef inline void categorical_hard_slope(const Row *row, Watch *watch, Slope *slope) noexcept nogil:
+    """Of a row that the fast formulas do not vouch for, or whose value is infinite."""
+    cdef double beta = row.inverse_temperature
+    cdef double peak_a = peak_of(row, watch, 0), peak_b = peak_of(row, watch, 1)
+    cdef double lse_a = log_sum_exp(row, watch, 0, peak_a), lse_b = log_sum_exp(row, watch, 1, peak_b)
+    slope.beta, slope.peak, slope.weight, slope.shift_rest = beta, peak_a, libm_exp(lse_a), 0
+    slope.shift = two_sum(peak_a, -peak_b, &slope.shift_rest)
+    slope.shift = two_sum(slope.shift, (lse_a - lse_b) / beta, &slope.shift_rest)

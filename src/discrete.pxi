@@ -13,13 +13,13 @@ As it stands, sum p log(p/q) = G + (Sp - Sq), or the sum of p (e ln2 + 2 atanh(s
 the smaller terms.
 """
 
-from gufunc cimport INVALID, Watch, is_unwanted
-from libc.math cimport fabs, frexp, ldexp
+from gufunc cimport Watch, is_unwanted
+from libc.math cimport fabs, frexp, ldexp, log, log1p
 from numpy cimport npy_intp
 from sums cimport (
-    LANES, LaneParts, LaneSums, Row, Sums, across, add, add_lanes, add_lanes_exactly, clear,
-    clear_lanes, copy, divergence_of, element, fill, fold, keep_from, least, run_length, round_off,
-    two_sum,
+    LANES, Format, LaneParts, LaneSums, Row, Slope, Sums, Trait, across, add, add_lanes, add_lanes_exactly, clear,
+    clear_lanes, copy, divergence_of, element, fill, fold, keep_from, largest, least, run_length,
+    round_off, two_sum,
 )
 from vecmath cimport (
     INFINITY, LN2, NAN, atanh_tail, larger, match_exponent, ratio_exponent, ratio_log, real,
@@ -253,28 +253,41 @@ cdef inline double log_ratio(double p, double q) noexcept nogil:
     return (e + exponent_p - exponent_q) * LN2 + (2 * s + atanh_tail(s))
 
 
-cdef inline double discrete_hard_value(const Row *row, Watch *watch, int *status) noexcept nogil:
-    """Bad values, p > 0 where q = 0, and weights that the fast formula has no range for."""
-    cdef double p, q, largest_p = 0, largest_q = 0
-    cdef bint bad = False, infinite = False
-    cdef npy_intp i
-    for i in range(row.length):
-        if is_unwanted(watch, i):
-            return NAN
-        p, q = element(row, 0, i), element(row, 1, i)
-        if p != p or q != q:
-            return NAN
-        bad |= not (0 <= p < INFINITY and 0 <= q < INFINITY)
-        infinite |= p > 0 and q == 0
-        largest_p, largest_q = larger(p, largest_p), larger(q, largest_q)
-    if bad or row.normalize and (largest_p == 0 or largest_q == 0):
-        status[0] |= INVALID
-        return NAN
-    if infinite:
-        return INFINITY
-    if not row.normalize:
-        return hard_plain_sum(row, watch)
-    return discrete_hard_divergence(row, watch, largest_p, largest_q)
+cdef int discrete_traits(const double **x, int n) noexcept nogil:
+    """Of n elements, LANES or more once padded."""
+    cdef double p, q
+    cdef double lowest[LANES]
+    cdef double highest[LANES]
+    cdef double support[LANES]   # the least q where p > 0
+    cdef double mass_p[LANES]
+    cdef double mass_q[LANES]
+    cdef double missing[LANES]
+    cdef int lane, step, at
+    for lane in range(LANES):
+        lowest[lane] = mass_p[lane] = mass_q[lane] = missing[lane] = 0
+        support[lane] = 1
+    for step in range((n + LANES - 1) // LANES):
+        at = min(step * LANES, n - LANES)
+        for lane in range(LANES):
+            p, q = x[0][at + lane], x[1][at + lane]
+            missing[lane] = missing[lane] if p == p else 1
+            missing[lane] = missing[lane] if q == q else 1
+            lowest[lane] = smaller(smaller(p, q), lowest[lane])
+            mass_p[lane], mass_q[lane] = larger(p, mass_p[lane]), larger(q, mass_q[lane])
+            support[lane] = smaller(q if p > 0 else 1, support[lane])
+    for lane in range(LANES):
+        highest[lane] = larger(mass_p[lane], mass_q[lane])
+    return (
+        (Trait.HAS_NAN if largest(missing) > 0 else 0)
+        | (Trait.HAS_BAD if least(lowest) < 0 or largest(highest) == INFINITY else 0)
+        | (Trait.HAS_INFINITE if least(support) == 0 else 0)
+        | (Trait.HAS_P if largest(mass_p) > 0 else 0)
+        | (Trait.HAS_Q if largest(mass_q) > 0 else 0))
+
+
+cdef inline double discrete_hard_value(const Row *row, Watch *watch) noexcept nogil:
+    """Weights that the fast formula has no range for."""
+    return discrete_hard_divergence(row, watch) if row.normalize else hard_plain_sum(row, watch)
 
 
 cdef inline double hard_plain_sum(const Row *row, Watch *watch) noexcept nogil:
@@ -293,14 +306,19 @@ cdef inline double hard_plain_sum(const Row *row, Watch *watch) noexcept nogil:
     return plain_sum(sums.weight, sums.divergence, sums.drift, sums.direct)
 
 
-cdef inline double discrete_hard_divergence(const Row *row, Watch *watch, double largest_p,
-                                   double largest_q) noexcept nogil:
+cdef inline double discrete_hard_divergence(const Row *row, Watch *watch) noexcept nogil:
     """The formula at the head, one element at a time, weights scaled by powers of two so that the
     largest are near 1 and sums cannot overflow."""
     cdef int up_p, up_q
     cdef double p, q, scaled_q, difference, term, total_p = 0, total_q = 0, ratio
+    cdef double largest_p = 0, largest_q = 0
     cdef npy_intp i
     cdef Sums sums
+    for i in range(row.length):
+        if is_unwanted(watch, i):
+            return NAN
+        largest_p = larger(element(row, 0, i), largest_p)
+        largest_q = larger(element(row, 1, i), largest_q)
     frexp(largest_p, &up_p)
     frexp(largest_q, &up_q)
     for i in range(row.length):
@@ -333,3 +351,179 @@ cdef inline double hard_term(double p, double q, double difference) noexcept nog
     if q == 0:  # underflow of a ratio beyond 1e300
         return INFINITY
     return p * log_ratio(p, q) - difference
+
+
+# Gradients. With r_i = log(P_i/Q_i) = log(p_i/q'_i) + log1p(u),  q' = r q and u as at the head,
+#     d/dp_i = (r_i - KL)/Sp,   d/dq_i = (1 - P_i/Q_i)/Sq = -((p_i - q'_i) + u p_i)/q'_i / Sq;
+# of the sum as it stands  log(p_i/q_i) + 1  and  -p_i/q_i.
+
+cdef enum:
+    SLOPE_RATIO = 0
+    SLOPE_FLOOR = LANES
+    SLOPE_EXCESS = 2 * LANES     # u
+    SLOPE_ADDED = 3 * LANES      # to log(p/q')
+    SLOPE_FACTOR_P = 4 * LANES
+    SLOPE_FACTOR_Q = 5 * LANES
+    DISCRETE_CONSTANTS = 6 * LANES
+
+
+cdef inline void discrete_slope_run(bint normalize, int wanted, const real *p, const real *q,
+                                    npy_intp step_p, npy_intp step_q, int n, const real *constants,
+                                    real *to_p, real *to_q) noexcept nogil:
+    """The gradients of n elements of each lane, LANES apart."""
+    cdef int lane, i
+    cdef real x, y, rest, floor, x_normal, y_normal, e_ln2, z, d, s, ratio, infinite
+    cdef real inf = <real> INFINITY
+    cdef real slope[LANES]
+    for i in range(n):
+        if wanted & 1:
+            for lane in range(LANES):
+                ratio, floor = constants[SLOPE_RATIO + lane], constants[SLOPE_FLOOR + lane]
+                x, y = p[i * step_p + lane], q[i * step_q + lane] * ratio
+                x_normal, y_normal = larger(x, floor), larger(y, floor)
+                e_ln2, z = ratio_log(x_normal, y_normal), match_exponent(x_normal, y_normal)
+                d = x_normal - z
+                d += (residual_product(ratio, q[i * step_q + lane], y) if e_ln2 == 0 else <real> 0)
+                s = d / (x_normal + z)
+                z = e_ln2 + ((s + s) + atanh_tail(s)) + constants[SLOPE_ADDED + lane]
+                infinite = -inf if y > 0 else <real> 0
+                infinite *= constants[SLOPE_FACTOR_P + lane] if y > 0 else <real> 1
+                slope[lane] = z * constants[SLOPE_FACTOR_P + lane] if x > 0 else infinite
+            copy(slope, to_p + i * LANES)
+        if wanted & 2:
+            for lane in range(LANES):
+                ratio = constants[SLOPE_RATIO + lane]
+                x, y = p[i * step_p + lane], q[i * step_q + lane] * ratio
+                if normalize:
+                    rest = residual_product(ratio, q[i * step_q + lane], y)
+                    d = ((x - y) + rest) + constants[SLOPE_EXCESS + lane] * x
+                else:
+                    d = x
+                d = d / (y if y > 0 else <real> 1) * constants[SLOPE_FACTOR_Q + lane]
+                slope[lane] = -d if y > 0 else <real> 0
+            copy(slope, to_q + i * LANES)
+
+
+cdef inline void discrete_constants(const Slope *slopes, int each, bint normalize,
+                                    real *constants) noexcept nogil:
+    """Of LANES rows, or (each = 0) of one."""
+    cdef int lane
+    cdef double total = 1, added = 1
+    cdef const Slope *slope
+    for lane in range(LANES):
+        slope = slopes + lane * each
+        if normalize:
+            total, added = slope.weight, slope.change - slope.value
+        constants[SLOPE_RATIO + lane] = <real> slope.ratio
+        constants[SLOPE_FLOOR + lane] = smallest_weight(slope.ratio != 1, <real> 0)
+        constants[SLOPE_EXCESS + lane] = <real> slope.excess
+        constants[SLOPE_ADDED + lane] = <real> added
+        constants[SLOPE_FACTOR_P + lane] = <real> (slope.cotangent / total)
+        constants[SLOPE_FACTOR_Q + lane] = <real> (
+            slope.cotangent / total * (slope.ratio / (1 + slope.excess) if normalize else 1))
+
+
+cdef void discrete_slope_loop(bint normalize, int wanted, const real *p, const real *q,
+                              npy_intp step_p, npy_intp step_q, int n, const real *constants,
+                              real *to_p, real *to_q) noexcept nogil:
+    if normalize:
+        discrete_slope_run(True, wanted, p, q, step_p, step_q, n, constants, to_p, to_q)
+    else:
+        discrete_slope_run(False, wanted, p, q, step_p, step_q, n, constants, to_p, to_q)
+
+
+cdef void discrete_slopes(const real **x, int n, const Slope *slope, bint normalize, int wanted,
+                          real **to) noexcept nogil:
+    """The gradients of n elements, LANES or more once padded; the last lanes overlap."""
+    cdef real constants[DISCRETE_CONSTANTS]
+    cdef npy_intp last = n - LANES
+    discrete_constants(slope, 0, normalize, constants)
+    discrete_slope_loop(
+        normalize, wanted, x[0], x[1], LANES, LANES, n // LANES, constants, to[0], to[1])
+    if n % LANES:
+        discrete_slope_loop(normalize, wanted, x[0] + last, x[1] + last, LANES, LANES, 1, constants,
+                            to[0] + last, to[1] + last)
+
+
+cdef inline void discrete_slope(const Row *row, const Sums *sums, double ratio, Slope *slope,
+                                real of_type) noexcept nogil:
+    """From the sums of a row."""
+    slope.ratio, slope.weight, slope.excess, slope.change = 1, sums.weight, 0, 0
+    if row.normalize:
+        slope.ratio = <double> <real> ratio
+        slope.excess = (sums.divergence + sums.drift) / sums.weight
+        slope.change = slope.value + sums.drift / sums.weight
+
+
+cdef inline double quotient(double p, double q, int up) noexcept nogil:
+    """p/q 2^up, which may be out of range, though p/q or 2^up alone is."""
+    cdef int exponent_p, exponent_q
+    cdef double x = frexp(p, &exponent_p), y = frexp(q, &exponent_q)
+    return ldexp(x / y, exponent_p - exponent_q + up)
+
+
+cdef void discrete_hard_slopes(const Row *row, Watch *watch, const Slope *slope, int wanted,
+                               char **to, const npy_intp *step) noexcept nogil:
+    """One element at a time, for weights that the fast formula has no range for."""
+    cdef double p, q, d, s, x, slope_of, total_p = 0, total_q = 0, excess = 0, rest = 0, ratio = 1
+    cdef double added = 1
+    cdef bint near
+    cdef int up_p = 0, up_q = 0
+    cdef npy_intp i
+    if row.normalize:
+        frexp(peak_of(row, watch, 0), &up_p)
+        frexp(peak_of(row, watch, 1), &up_q)
+        for i in range(row.length):
+            if is_unwanted(watch, i):
+                return
+            total_p = two_sum(total_p, ldexp(element(row, 0, i), -up_p), &excess)
+            total_q = two_sum(total_q, ldexp(element(row, 1, i), -up_q), &rest)
+        total_p, total_q, excess = total_p + excess, total_q + rest, 0
+        ratio = total_p / total_q
+        rest = 0
+        for i in range(row.length):
+            if is_unwanted(watch, i):
+                return
+            p, q = ldexp(element(row, 0, i), -up_p), ldexp(element(row, 1, i), -up_q)
+            excess = two_sum(
+                excess, (ratio * q - p) - residual_product(ratio, q, ratio * q), &rest)
+        excess = (excess + rest) / total_p
+        added = log1p(excess) - slope.value
+    else:
+        total_p = total_q = 1
+    for i in range(row.length):
+        if is_unwanted(watch, i):
+            return
+        p, q = ldexp(element(row, 0, i), -up_p), ldexp(element(row, 1, i), -up_q)
+        x = ratio * q
+        d = (p - x) + residual_product(ratio, q, x)
+        near = fabs(d) < 0.25 * p
+        p, q = element(row, 0, i), element(row, 1, i)
+        if wanted & 1:
+            if p == 0 or q == 0:
+                slope_of = INFINITY if p > 0 else -INFINITY if q > 0 else 0
+            elif near:
+                s = d / (ldexp(p, -up_p) + x)
+                slope_of = ldexp((2 * s + atanh_tail(s) + added) / total_p, -up_p)
+            else:
+                s = log_ratio(p, q) + (up_q - up_p) * LN2 - log(ratio)
+                slope_of = ldexp((s + added) / total_p, -up_p)
+            store_slope(to[0] + i * step[0], row.format, slope_of, slope.cotangent)
+        if wanted & 2:
+            if q == 0:
+                slope_of = -INFINITY if p > 0 else 0
+            elif not row.normalize:
+                slope_of = -quotient(p, q, 0)
+            elif near:
+                slope_of = -ldexp((d + excess * ldexp(p, -up_p)) / x / total_q, -up_q)
+            else:
+                slope_of = ldexp(1 / total_q, -up_q) - quotient(p, q, -up_p) / total_p
+            store_slope(to[1] + i * step[1], row.format, slope_of, slope.cotangent)
+
+
+cdef inline void store_slope(char *at, int format, double slope, double cotangent) noexcept nogil:
+    cdef double value = slope * cotangent if slope != 0 else 0
+    if format == Format.FLOAT64:
+        (<double *> at)[0] = value
+    else:
+        (<float *> at)[0] = <float> value

@@ -64,6 +64,7 @@ ctypedef struct Kernel:
     int n_operands         # inputs and output
     int family
     int options[4]         # the family's own
+    int wanted             # gradients: bit i for that with respect to operand i
 
 
 cdef inline void look_for_signals(Watch *watch) noexcept nogil:

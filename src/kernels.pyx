@@ -9,6 +9,7 @@ import numpy as np
 
 cimport numpy as cnp
 from numpy cimport npy_intp
+from libc.stdlib cimport calloc
 from gufunc cimport Kernel, gufunc_loop
 from mvn cimport mvn_rows_f32, mvn_rows_f64, plan_mvn
 from sums cimport Family, Format
@@ -17,6 +18,7 @@ include "discrete.pxi"
 include "categorical.pxi"
 include "normal.pxi"
 include "rows.pxi"
+include "gradients.pxi"
 
 cnp.import_array()
 cnp.import_ufunc()
@@ -140,6 +142,67 @@ for name_p, cov_p in (("cov", True), ("tril", False)):
     for name_q, cov_q in (("cov", True), ("tril", False)):
         name = f"mvn_{name_p}_{name_q}"
         gufuncs[name] = mvn_gufunc(name, "(d),(d,d),(d),(d,d)->()", cov_p, cov_q, False)
+
+
+cdef struct Hook:        # what NumPy keeps pointers into: of a gufunc made at its first use
+    Kernel kernels[4]
+    cnp.PyUFuncGenericFunction loops[4]
+    void *data[4]
+    char types[4 * 16]
+
+
+cdef object hang_up(Hook *hook, str name, str signature, list dtypes, int n_inputs, int n_outputs):
+    """The gufunc of the hook's kernels, one for each entry of dtypes; it stays for good."""
+    cdef int i, n_types = 0
+    cdef bytes c_name = name.encode(), c_signature = signature.encode()
+    texts.extend((c_name, c_signature))
+    for i in range(len(dtypes)):
+        hook.loops[i] = <cnp.PyUFuncGenericFunction> loop
+        hook.data[i] = &hook.kernels[i]
+        hook.kernels[i].n_operands = n_inputs + n_outputs
+        for dtype in dtypes[i]:
+            hook.types[n_types] = np.dtype(dtype).num
+            n_types += 1
+    return cnp.PyUFunc_FromFuncAndDataAndSignature(
+        hook.loops, hook.data, hook.types, len(dtypes), n_inputs, n_outputs, cnp.PyUFunc_None,
+        c_name, b"", 0, c_signature)
+
+
+cdef Hook *new_hook() except NULL:
+    cdef Hook *hook = <Hook *> calloc(1, sizeof(Hook))
+    if hook == NULL:
+        raise MemoryError
+    return hook
+
+
+SPREADS = {"scale": <int> Spread.SCALE, "var": <int> Spread.VARIANCE,
+           "logvar": <int> Spread.LOG_VARIANCE}
+
+
+def gradient_gufunc(name, int wanted):
+    """Of value and gradients: takes the operands of the gufunc `name` and the cotangent; gradients
+    with respect to operand i where bit i of `wanted` is set."""
+    cdef Hook *hook = new_hook()
+    cdef Kernel *kernel
+    kind, *given = name.removesuffix("_bfloat16").split("_")
+    formats = BFLOAT16 if name.endswith("_bfloat16") else FORMATS
+    family = {"discrete": Family.DISCRETE, "categorical": Family.CATEGORICAL,
+              "normal": Family.NORMAL}[kind]
+    spreads = [SPREADS[spread] for spread in given] if family == Family.NORMAL else [0, 0]
+    inputs, outputs = 4 if family == Family.NORMAL else 2, wanted.bit_count()
+    extra = "dd" if family == Family.CATEGORICAL else "d"  # the temperature, the cotangent
+    dtypes = []
+    for i, (form, operand, result) in enumerate(formats):
+        kernel = &hook.kernels[i]
+        double = operand == "d" or spreads[0] != spreads[1]
+        kernel.rows = gradient_rows_f64 if double else gradient_rows_f32
+        kernel.plan = plan_gradients
+        kernel.family, kernel.wanted = family, wanted
+        kernel.options = [form, given != ["plain"], spreads[0], spreads[1]]
+        dtypes.append(inputs * operand + extra + (1 + outputs) * result)
+    signature = ",".join(["(k)"] * inputs + ["()"] * len(extra)) + "->" + ",".join(
+        ["()"] + ["(k)"] * outputs)
+    return hang_up(hook, name, signature, dtypes, inputs + len(extra), 1 + outputs)
 
 
 def are_plain(*arrays):

@@ -11,15 +11,15 @@ Every term is right to 8 ulp. Where the sides differ, both are converted to vari
 parts; float32 is then computed in double.
 """
 
-from gufunc cimport INVALID, Watch, is_unwanted
-from libc.math cimport exp as libm_exp, expm1, fabs, log
+from gufunc cimport Watch, is_unwanted
+from libc.math cimport exp as libm_exp, expm1 as libm_expm1, fabs, log
 from numpy cimport npy_intp
 from sums cimport (
-    LANES, LaneParts, LaneSums, Row, Sums, across, add, clear_lanes, copy, element, fold, keep_from,
+    LANES, LaneParts, LaneSums, Row, Slope, Sums, Trait, across, add, clear_lanes, copy, element, fold, keep_from,
     run_length,
 )
 from vecmath cimport (
-    INFINITY, NAN, atanh_tail, exp, exp_pair_f64, larger, match_exponent, phi, ratio_log, ratio_power,
+    INFINITY, NAN, atanh_tail, exp, exp_pair_f64, expm1, larger, match_exponent, phi, ratio_log, ratio_power,
     real, residual_product, smaller,
 )
 
@@ -194,30 +194,221 @@ cdef inline double log_variance_ratio(double x, double y, const Row *row) noexce
     return log_variance(x, row.spread_p) - log_variance(y, row.spread_q)
 
 
-cdef inline double normal_hard_value(const Row *row, Watch *watch, int *status) noexcept nogil:
-    """Bad values, point masses, and variances that the fast formulas have no range for."""
-    cdef double m_p, s_p, m_q, s_q, x, scaled, result = 0
-    cdef bint bad = False, infinite = False
+cdef int normal_traits(const double **x, int n, const Row *row) noexcept nogil:
+    """Of n elements, LANES or more once padded."""
+    cdef double s_p, s_q, mean
+    cdef int i, traits = Trait.HAS_P | Trait.HAS_Q
+    cdef bint bad = False, infinite = False, point_p, point_q
+    for i in range(n):
+        s_p, s_q, mean = x[1][i], x[3][i], fabs(x[0][i]) + fabs(x[2][i])
+        if mean != mean or s_p != s_p or s_q != s_q:
+            return traits | Trait.HAS_NAN
+        point_p, point_q = is_point(s_p, row.spread_p), is_point(s_q, row.spread_q)
+        bad |= fabs(x[0][i]) == INFINITY or fabs(x[2][i]) == INFINITY
+        bad |= not (is_spread(s_p, row.spread_p) and is_spread(s_q, row.spread_q))
+        bad |= point_p and point_q
+        infinite |= point_p or point_q
+    return traits | (Trait.HAS_BAD if bad else 0) | (Trait.HAS_INFINITE if infinite else 0)
+
+
+cdef inline double normal_hard_value(const Row *row, Watch *watch) noexcept nogil:
+    """Variances that the fast formulas have no range for."""
+    cdef double s_p, s_q, x, scaled, result = 0
     cdef npy_intp i
     for i in range(row.length):
         if is_unwanted(watch, i):
             return NAN
-        m_p, s_p = element(row, 0, i), element(row, 1, i)
-        m_q, s_q = element(row, 2, i), element(row, 3, i)
-        if m_p != m_p or s_p != s_p or m_q != m_q or s_q != s_q:
-            return NAN
-        bad |= fabs(m_p) == INFINITY or fabs(m_q) == INFINITY
-        bad |= not (is_spread(s_p, row.spread_p) and is_spread(s_q, row.spread_q))
-        bad |= is_point(s_p, row.spread_p) and is_point(s_q, row.spread_q)
-        infinite |= is_point(s_p, row.spread_p) or is_point(s_q, row.spread_q)
-        if bad or infinite:
-            continue
+        s_p, s_q = element(row, 1, i), element(row, 3, i)
         x = log_variance_ratio(s_p, s_q, row)
-        scaled = m_p - m_q
+        scaled = element(row, 0, i) - element(row, 2, i)
         if scaled != 0:
             scaled = libm_exp(2 * log(fabs(scaled)) - log_variance(s_q, row.spread_q))
-        result += 0.5 * ((expm1(x) - x) + scaled)
-    if bad:
-        status[0] |= INVALID
-        return NAN
-    return INFINITY if infinite else result
+        result += 0.5 * ((libm_expm1(x) - x) + scaled)
+    return result
+
+
+# Gradients. With t = v_p/v_q - 1, without cancellation as above, and m = m_p - m_q,
+#     d/dm_p = m/v_q = -d/dm_q,
+#     d/dlog v_p = t/2,   d/dlog v_q = -(t + m^2/v_q)/2,
+# divided by the variance for the variance, and by half the scale for the scale.
+
+cdef inline real excess_ratio(real s_p, real s_q, int spread_p, int spread_q,
+                              real inverse_q) noexcept nogil:
+    """t, given the reciprocal of what stands for the variance of q (of the variance itself where the
+    sides differ)."""
+    cdef real rest, rest_p, rest_q
+    if spread_p == Spread.LOG_VARIANCE and spread_q == Spread.LOG_VARIANCE:
+        s_p = difference(s_p, s_q, &rest)
+        return expm1(s_p, rest)
+    if spread_p == spread_q:
+        rest = (s_p - s_q) * inverse_q
+        return rest * ((s_p + s_q) * inverse_q) if spread_p == Spread.SCALE else rest
+    s_p, s_q = variance_of(s_p, spread_p, &rest_p), variance_of(s_q, spread_q, &rest_q)
+    return ((s_p - s_q) + (rest_p - rest_q)) * inverse_q
+
+
+cdef inline real through_spread(real half, real s, int spread) noexcept nogil:
+    """From the gradient to the log-variance, times 2."""
+    cdef real two = 2
+    if spread == Spread.LOG_VARIANCE:
+        return half / two
+    return half / s if spread == Spread.SCALE else half / (two * s)
+
+
+cdef inline void normal_slope_run(int spread_p, int spread_q, int wanted, const real **x, int n,
+                                  real cotangent, real **to) noexcept nogil:
+    """The gradients of n elements of each lane, LANES apart."""
+    cdef int lane, i
+    cdef real s_p, s_q, rest, m
+    cdef real one = 1
+    cdef const real *loc_p = x[0]
+    cdef const real *spread_of_p = x[1]
+    cdef const real *loc_q = x[2]
+    cdef const real *spread_of_q = x[3]
+    cdef real inverse[LANES]     # of what stands for the variance of q
+    cdef real through_loc[LANES]
+    cdef real square[LANES]
+    cdef real excess[LANES]
+    cdef real slope[LANES]
+    for i in range(n):
+        for lane in range(LANES):
+            s_q = spread_of_q[i * LANES + lane]
+            if spread_q == Spread.LOG_VARIANCE and spread_p == Spread.LOG_VARIANCE:
+                inverse[lane] = exp(-s_q, <real> 0)
+            else:
+                if spread_p != spread_q:
+                    s_q = variance_of(s_q, spread_q, &rest)
+                inverse[lane] = one / s_q
+        if wanted & 13:
+            for lane in range(LANES):
+                m = loc_p[i * LANES + lane] - loc_q[i * LANES + lane]
+                through_loc[lane] = m * inverse[lane]
+                if spread_p == Spread.SCALE and spread_q == Spread.SCALE:
+                    square[lane] = through_loc[lane] * through_loc[lane]
+                    through_loc[lane] *= inverse[lane]
+                else:
+                    square[lane] = through_loc[lane] * m
+                through_loc[lane] *= cotangent
+            if wanted & 1:
+                copy(through_loc, to[0] + i * LANES)
+            if wanted & 4:
+                for lane in range(LANES):
+                    slope[lane] = -through_loc[lane]
+                copy(slope, to[2] + i * LANES)
+        if wanted & 10:
+            for lane in range(LANES):
+                excess[lane] = excess_ratio(
+                    spread_of_p[i * LANES + lane], spread_of_q[i * LANES + lane], spread_p, spread_q,
+                    inverse[lane])
+            if wanted & 2:
+                for lane in range(LANES):
+                    s_p = spread_of_p[i * LANES + lane]
+                    slope[lane] = through_spread(excess[lane], s_p, spread_p) * cotangent
+                copy(slope, to[1] + i * LANES)
+            if wanted & 8:
+                for lane in range(LANES):
+                    s_q = spread_of_q[i * LANES + lane]
+                    slope[lane] = -cotangent * through_spread(
+                        excess[lane] + square[lane], s_q, spread_q)
+                copy(slope, to[3] + i * LANES)
+
+
+cdef void normal_slope_loop(const real **x, int n, const Row *row, int wanted, real cotangent,
+                            real **to) noexcept nogil:
+    cdef int p = row.spread_p, q = row.spread_q
+    if p == Spread.SCALE and q == Spread.SCALE:
+        normal_slope_run(Spread.SCALE, Spread.SCALE, wanted, x, n, cotangent, to)
+    elif p == Spread.VARIANCE and q == Spread.VARIANCE:
+        normal_slope_run(Spread.VARIANCE, Spread.VARIANCE, wanted, x, n, cotangent, to)
+    elif p == Spread.LOG_VARIANCE and q == Spread.LOG_VARIANCE:
+        normal_slope_run(Spread.LOG_VARIANCE, Spread.LOG_VARIANCE, wanted, x, n, cotangent, to)
+    elif real is double:
+        if p == Spread.SCALE and q == Spread.VARIANCE:
+            normal_slope_run(Spread.SCALE, Spread.VARIANCE, wanted, x, n, cotangent, to)
+        elif p == Spread.SCALE:
+            normal_slope_run(Spread.SCALE, Spread.LOG_VARIANCE, wanted, x, n, cotangent, to)
+        elif p == Spread.VARIANCE and q == Spread.SCALE:
+            normal_slope_run(Spread.VARIANCE, Spread.SCALE, wanted, x, n, cotangent, to)
+        elif p == Spread.VARIANCE:
+            normal_slope_run(Spread.VARIANCE, Spread.LOG_VARIANCE, wanted, x, n, cotangent, to)
+        elif q == Spread.SCALE:
+            normal_slope_run(Spread.LOG_VARIANCE, Spread.SCALE, wanted, x, n, cotangent, to)
+        else:
+            normal_slope_run(Spread.LOG_VARIANCE, Spread.VARIANCE, wanted, x, n, cotangent, to)
+
+
+cdef void normal_slopes(const real **x, int n, const Row *row, double cotangent, int wanted,
+                        real **to) noexcept nogil:
+    """The gradients of n elements, LANES or more once padded; the last lanes overlap."""
+    cdef const real *last[4]
+    cdef real *to_last[4]
+    cdef int operand
+    normal_slope_loop(x, n // LANES, row, wanted, <real> cotangent, to)
+    if n % LANES:
+        for operand in range(4):
+            last[operand] = x[operand] + n - LANES
+            to_last[operand] = to[operand] + n - LANES
+        normal_slope_loop(last, 1, row, wanted, <real> cotangent, to_last)
+
+
+cdef inline double relative(double p, double q, int power) noexcept nogil:
+    """(p/q)^power - 1, subnormal or far apart."""
+    cdef double d = (p - q) / q if 0.5 * p < q < 2 * p else quotient(p, q, 0) - 1
+    return d if power == 1 else d * (d + 2)
+
+
+cdef inline double hard_excess_ratio(double s_p, double s_q, const Row *row) noexcept nogil:
+    cdef double rest = 0
+    if row.spread_p == row.spread_q and row.spread_p != Spread.LOG_VARIANCE:
+        return relative(s_p, s_q, 2 if row.spread_p == Spread.SCALE else 1)
+    if row.spread_p == row.spread_q:
+        s_p = difference(s_p, s_q, &rest)
+        return libm_expm1(s_p) + (rest * libm_exp(s_p) if s_p < 709 else 0)
+    return libm_expm1(log_variance(s_p, row.spread_p) - log_variance(s_q, row.spread_q))
+
+
+cdef inline double hard_square(double m, double s_q, int spread) noexcept nogil:
+    """m^2/v_q."""
+    if m == 0:
+        return 0
+    if spread == Spread.SCALE:
+        return (m / s_q) * (m / s_q)
+    return libm_exp(2 * log(fabs(m)) - s_q) if spread == Spread.LOG_VARIANCE else m / s_q * m
+
+
+cdef inline double hard_through_loc(double m, double s_q, int spread) noexcept nogil:
+    """m/v_q."""
+    if m == 0:
+        return 0
+    if spread == Spread.SCALE:
+        return m / s_q / s_q
+    if spread == Spread.VARIANCE:
+        return m / s_q
+    return m * libm_exp(-s_q) if fabs(s_q) < 700 else (
+        libm_exp(log(fabs(m)) - s_q) * (1 if m > 0 else -1))
+
+
+cdef void normal_hard_slopes(const Row *row, Watch *watch, double cotangent, int wanted, char **to,
+                             const npy_intp *step) noexcept nogil:
+    """One element at a time: point masses, and spreads that the fast formulas have no range for."""
+    cdef double m, s_p, s_q, excess, mean
+    cdef double slopes[4]
+    cdef int operand
+    cdef npy_intp i
+    for i in range(row.length):
+        if is_unwanted(watch, i):
+            return
+        m, s_p, s_q = element(row, 0, i) - element(row, 2, i), element(row, 1, i), element(row, 3, i)
+        mean = hard_through_loc(m, s_q, row.spread_q)
+        if is_point(s_q, row.spread_q):
+            excess = INFINITY
+        elif is_point(s_p, row.spread_p):
+            excess = -1
+        else:
+            excess = hard_excess_ratio(s_p, s_q, row)
+        slopes[0], slopes[2] = mean, -mean
+        slopes[1] = through_spread(excess, s_p, row.spread_p)
+        slopes[3] = -through_spread(excess + hard_square(m, s_q, row.spread_q), s_q, row.spread_q)
+        for operand in range(4):
+            if wanted >> operand & 1:
+                store_slope(to[operand] + i * step[operand], row.format, slopes[operand], cotangent)

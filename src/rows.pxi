@@ -5,18 +5,19 @@ of PIECE elements in double, pieces one after the other. That order is all that 
 result depend on; threads may take pieces of one row in any order.
 
 What the fast formulas cannot vouch for (values out of their range, a bad ratio, bad input) is
-computed again: with a better ratio, then in double, then by the family's `hard_value`.
+looked at again: values that decide the result end there, the rest is computed with a better ratio,
+then in double, then by the family's `hard_value`.
 """
 
 from cython.parallel cimport prange
 from numpy cimport npy_intp
-from gufunc cimport Batch, Kernel, Plan, Watch, look_for_signals
+from gufunc cimport INVALID, Batch, Kernel, Plan, Watch, look_for_signals
 from sums cimport (
     BLOCK, LANES, MAX_OPERANDS, NARROW_STRIP, SHORT_ROW, STRIP, Family, Format, LaneParts, LaneSums, Row,
-    Sums, add, clear, clear_lanes, conditioning, divergence_of, round_off,
+    Sums, Trait, add, clear, clear_lanes, conditioning, divergence_of, round_off,
 )
 from vecmath cimport (
-    INFINITY, exp, floats_from_bfloat16, floats_from_float16, from_bfloat16, from_float16, phi, real,
+    INFINITY, NAN, exp, floats_from_bfloat16, floats_from_float16, from_bfloat16, from_float16, phi, real,
 )
 
 cdef extern from "transpose.h" nogil:
@@ -243,40 +244,84 @@ cdef inline double finish(const Row *row, double *value, double weight, double d
     return conditioning(row.family, value[0], weight, divergence, drift)
 
 
-cdef bint fast_value(const Row *row, Watch *watch, double *value,
-                     real of_type) noexcept nogil:
-    """The value by the fast formulas, or any when it is no longer wanted; False when they cannot
-    vouch for it."""
-    cdef double ratio = 1      # which needs no scaling
-    cdef Sums sums
+cdef bint fast_sums(const Row *row, Watch *watch, double *value, Sums *sums, double *ratio,
+                    real of_type) noexcept nogil:
+    """The value by the fast formulas and what it is made of, or anything when it is no longer
+    wanted; False when they cannot vouch for it."""
     cdef int attempt
+    ratio[0] = 1               # which needs no scaling
     for attempt in range(MAX_PASSES):
-        sum_row(row, ratio, watch, &sums, of_type)
+        sum_row(row, ratio[0], watch, sums, of_type)
         if watch.stop:
             return True
-        round_off(&sums)
+        round_off(sums)
         if sums.doubtful:
             return False
         if finish(row, value, sums.weight, sums.divergence, sums.drift, sums.direct) >= 0:
             return True
-        if row.family != Family.DISCRETE or not discrete_refine(&sums, &ratio):
+        if row.family != Family.DISCRETE or not discrete_refine(sums, ratio):
             return False
     return False
+
+
+cdef bint fast_value(const Row *row, Watch *watch, double *value,
+                     real of_type) noexcept nogil:
+    cdef double ratio
+    cdef Sums sums
+    return fast_sums(row, watch, value, &sums, &ratio, of_type)
+
+
+cdef int traits_of(const Row *row, Watch *watch) noexcept nogil:
+    cdef double buffer[MAX_OPERANDS * (BLOCK + LANES)]
+    cdef const double *x[MAX_OPERANDS]
+    cdef npy_intp start = 0
+    cdef int n, traits = 0
+    while start < row.length:
+        look_for_signals(watch)
+        if watch.stop:
+            break
+        n = block_length(start, row.length)
+        load_block(row, start, n, buffer, x)
+        if row.family == Family.NORMAL:
+            traits |= normal_traits(x, n, row)
+        elif row.family == Family.DISCRETE:
+            traits |= discrete_traits(x, n)
+        else:
+            traits |= categorical_traits(x, n)
+        start += n
+    return traits
+
+
+cdef bint is_decided(const Row *row, Watch *watch, double *value, int *status) noexcept nogil:
+    """Whether it is NaN, for bad values or by itself, or infinite."""
+    cdef int traits = traits_of(row, watch), mass = Trait.HAS_P | Trait.HAS_Q
+    value[0] = NAN
+    if watch.stop or traits & Trait.HAS_NAN:
+        return True
+    if traits & Trait.HAS_BAD or row.normalize and traits & mass != mass:
+        status[0] |= INVALID
+        return True
+    value[0] = INFINITY
+    return traits & Trait.HAS_INFINITE != 0
+
+
+cdef double hard_value(const Row *row, Watch *watch) noexcept nogil:
+    if row.family == Family.NORMAL:
+        return normal_hard_value(row, watch)
+    if row.family == Family.DISCRETE:
+        return discrete_hard_value(row, watch)
+    return categorical_hard_value(row, watch)
 
 
 cdef double row_value(const Row *row, Watch *watch, int *status,
                       real of_type) noexcept nogil:
     cdef double value = 0
-    if fast_value(row, watch, &value, of_type):
+    if fast_value(row, watch, &value, of_type) or is_decided(row, watch, &value, status):
         return value
     if real is float:
         if fast_value(row, watch, &value, <double> 0):
             return value
-    if row.family == Family.NORMAL:
-        return normal_hard_value(row, watch, status)
-    if row.family == Family.DISCRETE:
-        return discrete_hard_value(row, watch, status)
-    return categorical_hard_value(row, watch, status)
+    return hard_value(row, watch)
 
 
 # Short rows, and rows whose elements lie further apart than the rows do: LANES rows side by side.

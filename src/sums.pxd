@@ -57,6 +57,19 @@ ctypedef struct LaneParts:      # of LANES rows: a part of each
     double doubtful[LANES]      # 0 or 1, for vectors
 
 
+ctypedef struct Slope:          # what the gradients of a row's elements are made of
+    double cotangent            # of the row's value
+    double value
+    double change               # log(Q_i/P_i) = y_i - change
+    double weight               # sum p
+    double ratio                # discrete: y_i = log(ratio q/p)
+    double excess               # discrete: e^change - 1
+    double beta                 # categorical: 1/T
+    double peak                 # categorical: P_i = e^((a_i - peak)/T) / weight
+    double shift                # categorical: log(Q_i/P_i) = (shift - (a_i - b_i))/T, in two parts
+    double shift_rest
+
+
 cdef inline void clear(Sums *sums) noexcept nogil:
     cdef int i
     sums.weight = sums.divergence = sums.drift = sums.direct = 0
@@ -205,6 +218,13 @@ cdef inline double conditioning(int family, double value, double weight, double 
     margin = margin if weight > 0 else -1
     return margin if total - total == 0 else -1
 
+
+cdef enum Trait:      # what a row's values decide by themselves
+    HAS_NAN = 1
+    HAS_BAD = 2       # neither NaN nor a value of the family
+    HAS_INFINITE = 4  # a term is +inf
+    HAS_P = 8         # some mass
+    HAS_Q = 16
 
 cdef enum Format:
     FLOAT32

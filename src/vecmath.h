@@ -123,6 +123,18 @@ static inline double phi_f64(double x, double rest) {
     return near + (grown * (near + r) + far);
 }
 
+/* e^(x + rest) - 1, same ranges as exp; 2 ulp: with x = n ln 2 + r,  2^n (e^r - 1) + (2^n - 1). */
+static inline float expm1_f32(float x, float rest) {
+    float shifted = x * (float)LOG2_E + MAGIC_F32, n = shifted - MAGIC_F32;
+    float r = reduce_f32(x, n) + rest, power = pow2_shifted_f32(shifted);
+    return power * (phi_near_f32(r) + r) + (power - 1.0f);
+}
+static inline double expm1_f64(double x, double rest) {
+    double shifted = x * LOG2_E + MAGIC_F64, n = shifted - MAGIC_F64;
+    double r = reduce_f64(x, n) + rest, power = pow2_shifted_f64(shifted);
+    return power * (phi_near_f64(r) + r) + (power - 1.0);
+}
+
 /* The integer e for which x / (y * 2^e) lies in [2^-0.59, 2^0.59], as a floating-point number:
  * the bits of a positive number, read as an integer, are its logarithm to 0.09.
  * x, y positive and normal. */

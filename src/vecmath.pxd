@@ -14,6 +14,8 @@ cdef extern from "vecmath.h" nogil:
     double phi_f64(double x, double rest)
     float phi_near_f32(float x)
     double phi_near_f64(double x)
+    float expm1_f32(float x, float rest)
+    double expm1_f64(double x, double rest)
     float ratio_exponent_f32(float x, float y)
     double ratio_exponent_f64(double x, double y)
     float ratio_power_f32(float x, float y)
@@ -54,6 +56,13 @@ cdef inline real phi_near(real x) noexcept nogil:
         return phi_near_f32(x)
     else:
         return phi_near_f64(x)
+
+
+cdef inline real expm1(real x, real rest) noexcept nogil:
+    if real is float:
+        return expm1_f32(x, rest)
+    else:
+        return expm1_f64(x, rest)
 
 
 cdef inline real ratio_power(real x, real y) noexcept nogil:
