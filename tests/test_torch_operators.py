@@ -390,7 +390,7 @@ def test_wrong_arguments():
     kl = klfast.torch
     with pytest.raises(TypeError, match=r"logits_q must be a torch.Tensor, got list"):
         kl.kl_categorical(x, [0.0] * 3)
-    with pytest.raises(TypeError, match="q has dtype torch.complex64"):
+    with pytest.raises(TypeError, match=r"q has dtype torch\.complex64"):
         kl.kl_discrete(x, x.to(torch.complex64))
     with pytest.raises(TypeError, match="scale_p, var_p, logvar_p"):
         kl.kl_normal(x)

@@ -44,7 +44,7 @@ def kl_div(
     -------
     Tensor
         p (log p − input) of each element, or their sum or mean. P and Q are taken as they are, not
-        normalised.
+        normalised. Elements with p = 0 are 0 and have no gradient.
 
     Notes
     -----
@@ -57,13 +57,10 @@ def kl_div(
             f"reduction must be 'mean', 'batchmean', 'sum' or 'none', got {reduction!r}"
         )
     absent = target == (-torch.inf if log_target else 0)
-    # NaN in input stays: what is not a number has no divergence, not even from nothing.
-    bounded = torch.where(absent & (input == -torch.inf), 0, input)
-    if log_target:
-        finite = torch.where(absent, 0, target)
-        terms = torch.where(absent, bounded - bounded.detach(), finite.exp() * (finite - bounded))
-    else:
-        terms = torch.xlogy(target, target) - target * bounded
+    present = torch.where(absent, 0 if log_target else 1, target)
+    log_ratio = (present if log_target else present.log()) - torch.where(absent, 0, input)
+    terms = torch.where(absent, 0, (present.exp() if log_target else target) * log_ratio)
+    terms = terms.masked_fill(torch.isnan(input), torch.nan)  # not a number, whatever the weight
     if reduction == "none":
         return terms
     if reduction == "mean":
