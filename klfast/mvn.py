@@ -100,42 +100,48 @@ def kl_mvn(
     """
     if errors not in ("raise", "nan"):
         raise ValueError(f"errors must be 'raise' or 'nan', got {errors!r}")
-    kind_p, matrix_p = _kind("p", cov_p, scale_tril_p)
-    kind_q = "standard"
-    operands = [loc_p, matrix_p]
-    if loc_q is not None:
-        kind_q, matrix_q = _kind("q", cov_q, scale_tril_q)
-        operands += [loc_q, matrix_q]
-    elif cov_q is not None or scale_tril_q is not None:
-        raise TypeError("loc_q is missing: give it with its covariance, or leave q out for N(0, I)")
-    gufunc, names = GUFUNCS[kind_p, kind_q]
+    kinds, operands = given(loc_p, cov_p, loc_q, cov_q, scale_tril_p, scale_tril_q)
+    gufunc, names = GUFUNCS[kinds]
     dtype = getattr(loc_p, "dtype", None)
     common = dtype is FLOAT64 or dtype is FLOAT32
     for x in operands:
         common = common and type(x) is np.ndarray and x.dtype is dtype
     if not common:
-        operands = _operands(names, operands)
+        operands = to_floats(names, operands)
         if any(is_lazy(x) for x in operands):
-            _batch_shape(names, operands, out)
+            batch_shape(names, operands, out)
             return gufunc(*operands)
     target = None if out is None else check_out(out)
     if errors == "nan" and target is not None:  # the gufunc would broadcast to a larger `out`
-        _batch_shape(names, operands, target)
+        batch_shape(names, operands, target)
     try:
         with np.errstate(invalid="ignore"):
             result = gufunc(*operands, out=target if errors == "nan" else None)
     except ValueError:
-        _batch_shape(names, operands, target)
+        batch_shape(names, operands, target)
         raise
     if target is not None and (target.shape != result.shape or target.dtype != result.dtype):
-        _batch_shape(names, operands, target)
+        batch_shape(names, operands, target)
     if result != result if result.ndim == 0 else np.isnan(result).any():
-        _account_for_nan(gufunc, names, operands, np.asarray(result), errors)
+        account_for_nan(gufunc, names, operands, np.asarray(result), errors)
     if target is None:
         return result
     if result is not target:
         target[...] = result
     return target
+
+
+def given(
+    loc_p: Any, cov_p: Any, loc_q: Any, cov_q: Any, scale_tril_p: Any, scale_tril_q: Any
+) -> tuple[tuple[str, str], list[Any]]:
+    """What P and Q were given by, as in the gufunc's name, and the operands."""
+    kind_p, matrix_p = _kind("p", cov_p, scale_tril_p)
+    if loc_q is not None:
+        kind_q, matrix_q = _kind("q", cov_q, scale_tril_q)
+        return (kind_p, kind_q), [loc_p, matrix_p, loc_q, matrix_q]
+    if cov_q is not None or scale_tril_q is not None:
+        raise TypeError("loc_q is missing: give it with its covariance, or leave q out for N(0, I)")
+    return (kind_p, "standard"), [loc_p, matrix_p]
 
 
 def _kind(side: str, cov: Any, scale_tril: Any) -> tuple[str, Any]:
@@ -147,7 +153,7 @@ def _kind(side: str, cov: Any, scale_tril: Any) -> tuple[str, Any]:
     return only_one(side, cov=cov, scale_tril=scale_tril)  # which refuses it
 
 
-def _operands(names: tuple[str, ...], operands: list[Any]) -> list[Any]:
+def to_floats(names: tuple[str, ...], operands: list[Any]) -> list[Any]:
     """All in float32 or float64."""
     converted = [as_array(name, x) for name, x in zip(names, operands, strict=True)]
     converted = [x if hasattr(x, "dtype") else np.asarray(x) for x in converted]
@@ -157,7 +163,7 @@ def _operands(names: tuple[str, ...], operands: list[Any]) -> list[Any]:
     return [x if x.dtype == dtype else x.astype(dtype) for x in converted]
 
 
-def _batch_shape(names: tuple[str, ...], operands: list[Any], out: Any) -> tuple[int, ...]:
+def batch_shape(names: tuple[str, ...], operands: list[Any], out: Any) -> tuple[int, ...]:
     """The broadcast batch shape; ValueError that names the argument which does not fit."""
     size = None
     batches = []
@@ -187,7 +193,7 @@ def _batch_shape(names: tuple[str, ...], operands: list[Any], out: Any) -> tuple
     return batch
 
 
-def _account_for_nan(
+def account_for_nan(
     gufunc: Callable[..., Any],
     names: tuple[str, ...],
     operands: list[Any],

@@ -11,7 +11,9 @@ cimport numpy as cnp
 from numpy cimport npy_intp
 from libc.stdlib cimport calloc
 from gufunc cimport Kernel, gufunc_loop
+from libc.stdlib cimport calloc
 from mvn cimport mvn_rows_f32, mvn_rows_f64, plan_mvn
+from mvn_grad cimport mvn_gradient_rows_f32, mvn_gradient_rows_f64, plan_mvn_gradient
 from sums cimport Family, Format
 
 include "discrete.pxi"
@@ -179,9 +181,29 @@ SPREADS = {"scale": <int> Spread.SCALE, "var": <int> Spread.VARIANCE,
            "logvar": <int> Spread.LOG_VARIANCE}
 
 
+cdef object mvn_gradient_gufunc(str name, int wanted):
+    cdef Hook *hook = new_hook()
+    cdef Kernel *kernel
+    _, kind_p, kind_q = name.split("_")
+    inputs = ["(d)", "(d,d)"] if kind_q == "standard" else ["(d)", "(d,d)", "(d)", "(d,d)"]
+    outputs = [core for i, core in enumerate(inputs) if wanted >> i & 1]
+    dtypes = []
+    for i, dtype in enumerate("fd"):
+        kernel = &hook.kernels[i]
+        kernel.rows = mvn_gradient_rows_f64 if dtype == "d" else mvn_gradient_rows_f32
+        kernel.plan = plan_mvn_gradient
+        kernel.wanted = wanted
+        kernel.options = [kind_p == "cov", kind_q == "cov", kind_q == "standard", 0]
+        dtypes.append(len(inputs) * dtype + "d" + (1 + len(outputs)) * dtype)
+    signature = ",".join([*inputs, "()"]) + "->" + ",".join(["()", *outputs])
+    return hang_up(hook, name, signature, dtypes, len(inputs) + 1, 1 + len(outputs))
+
+
 def gradient_gufunc(name, int wanted):
     """Of value and gradients: takes the operands of the gufunc `name` and the cotangent; gradients
     with respect to operand i where bit i of `wanted` is set."""
+    if name.startswith("mvn_"):
+        return mvn_gradient_gufunc(name, wanted)
     cdef Hook *hook = new_hook()
     cdef Kernel *kernel
     kind, *given = name.removesuffix("_bfloat16").split("_")

@@ -7,6 +7,7 @@ for the arguments named in `wrt`, the gradients of Σ cotangent · value.
 
 from klfast.grad.categorical import kl_categorical
 from klfast.grad.discrete import kl_discrete
+from klfast.grad.mvn import kl_mvn
 from klfast.grad.normal import kl_normal
 
-__all__ = ["kl_categorical", "kl_discrete", "kl_normal"]
+__all__ = ["kl_categorical", "kl_discrete", "kl_mvn", "kl_normal"]
