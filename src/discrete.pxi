@@ -517,7 +517,9 @@ cdef void discrete_hard_slopes(const Row *row, Watch *watch, const Slope *slope,
             elif near:
                 slope_of = -ldexp((d + excess * ldexp(p, -up_p)) / x / total_q, -up_q)
             else:
-                slope_of = ldexp(1 / total_q, -up_q) - quotient(p, q, -up_p) / total_p
+                slope_of = ldexp(1 / total_q - quotient(p, q, up_q - up_p) / total_p, -up_q)
+                if slope_of - slope_of != 0:
+                    slope_of = -quotient(p, q, -up_p) / total_p
             store_slope(to[1] + i * step[1], row.format, slope_of, slope.cotangent)
 
 

@@ -121,11 +121,12 @@ cdef void row_gradient(const Row *row, Slope *slope, const Target *target, Watch
     if real is float:
         if not decided and fast_gradient(row, slope, target, watch, <double> 0):
             return
-    if slope.cotangent == 0 or slope.value != slope.value:
-        fill_slopes(row, target, 0 if slope.cotangent == 0 else NAN)
     if not decided:
         slope.value = hard_value(row, watch)
-    if slope.cotangent == 0 or slope.value != slope.value or watch.stop:
+    if watch.stop:
+        return
+    if slope.cotangent == 0 or slope.value != slope.value:
+        fill_slopes(row, target, 0 if slope.cotangent == 0 else NAN)
         return
     if row.family == Family.NORMAL:
         normal_hard_slopes(
