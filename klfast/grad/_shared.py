@@ -57,6 +57,38 @@ def same_dtype(name: str, arrays: Mapping[str, Any]) -> tuple[str, dict[str, Any
     return name, {k: np.asarray(x, dtype) for k, x in operands.items()}
 
 
+def call_plainly(
+    name: str,
+    arrays: Mapping[str, Any],
+    wrt: Sequence[str],
+    cotangent: Any,
+    extra: tuple[Any, ...] = (),
+) -> tuple[Any, ...] | None:
+    """The gufunc's results where arrays of one dtype and shape can go to it as they are; None where
+    something needs a look, or gradients are wanted in another order than the arguments'."""
+    operands = tuple(arrays.values())
+    if not _kernels.are_plain(*operands) or any(np.ndim(x) for x in extra):
+        return None
+    shape = operands[0].shape
+    for x in operands:
+        if x.shape != shape:
+            return None
+    if cotangent is None:
+        cotangent = ONE
+    elif type(cotangent) is np.ndarray:
+        if cotangent.dtype.char not in "fd" or cotangent.shape != shape[:-1]:
+            return None
+    elif type(cotangent) is not float:
+        return None
+    names = list(arrays)
+    wanted = [names.index(argument) for argument in wrt]
+    if wanted != sorted(wanted):
+        return None
+    gufunc = _kernels.gradients(name, sum(1 << i for i in wanted))
+    results: tuple[Any, ...] = gufunc(*operands, *extra, cotangent)
+    return results
+
+
 def gradients(
     name: str,
     arrays: Mapping[str, Any],
@@ -82,7 +114,7 @@ def gradients(
     batch = np.broadcast_shapes(*batches, *map(np.shape, extra))
     dtype = np.dtype(np.float64 if operands[0].dtype == np.float64 else np.float32)
     results = check_out(out, [(argument, shapes[argument]) for argument in wrt], dtype)
-    inputs = [*operands, *extra, check_cotangent(cotangent, batch) / unit]
+    inputs = [*operands, *map(np.asarray, extra), check_cotangent(cotangent, batch) / unit]
     wanted = sorted(names.index(argument) for argument in wrt)
     gufunc = _kernels.gradients(name, sum(1 << i for i in wanted))
     targets, full = [], []
@@ -113,6 +145,10 @@ def along_axis(
     out: Any,
 ) -> tuple[Any, ...]:
     """For the families that sum over one axis."""
+    if axis == -1 and base is None and out is None:
+        results = call_plainly(name, arrays, wrt, cotangent, extra)
+        if results is not None:
+            return results
     unit = 1.0 if base is None else check_base(base)
     name, operands = same_dtype(name, arrays)
     axis = check_axis(axis, operands, list(operands.values()))
