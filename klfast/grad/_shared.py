@@ -58,16 +58,11 @@ def same_dtype(name: str, arrays: Mapping[str, Any]) -> tuple[str, dict[str, Any
 
 
 def call_plainly(
-    name: str,
-    arrays: Mapping[str, Any],
-    wrt: Sequence[str],
-    cotangent: Any,
-    extra: tuple[Any, ...] = (),
+    name: str, operands: Sequence[Any], wanted: int, cotangent: Any, *extra: Any
 ) -> tuple[Any, ...] | None:
-    """The gufunc's results where arrays of one dtype and shape can go to it as they are; None where
-    something needs a look, or gradients are wanted in another order than the arguments'."""
-    operands = tuple(arrays.values())
-    if not _kernels.are_plain(*operands) or any(np.ndim(x) for x in extra):
+    """The gufunc's results where operands of one dtype and shape can go to it as they are; None
+    where something needs a look. `wanted` as in `_kernels.gradients`."""
+    if not _kernels.are_plain(*operands):
         return None
     shape = operands[0].shape
     for x in operands:
@@ -75,18 +70,23 @@ def call_plainly(
             return None
     if cotangent is None:
         cotangent = ONE
-    elif type(cotangent) is np.ndarray:
-        if cotangent.dtype.char not in "fd" or cotangent.shape != shape[:-1]:
+    elif type(cotangent) is not float and not (
+        type(cotangent) is np.ndarray
+        and cotangent.dtype.char in "fd"
+        and cotangent.shape == shape[:-1]
+    ):
+        return None
+    for x in extra:
+        if type(x) is not float and x.ndim:
             return None
-    elif type(cotangent) is not float:
-        return None
-    names = list(arrays)
-    wanted = [names.index(argument) for argument in wrt]
-    if wanted != sorted(wanted):
-        return None
-    gufunc = _kernels.gradients(name, sum(1 << i for i in wanted))
-    results: tuple[Any, ...] = gufunc(*operands, *extra, cotangent)
+    results: tuple[Any, ...] = _kernels.gradients(name, wanted)(*operands, *extra, cotangent)
     return results
+
+
+def in_order(names: Sequence[str], wrt: Sequence[str]) -> int:
+    """The bits of the wanted among the names, or 0 where they come in another order."""
+    places = [names.index(argument) for argument in wrt]
+    return sum(1 << i for i in places) if places == sorted(places) else 0
 
 
 def gradients(
@@ -145,8 +145,9 @@ def along_axis(
     out: Any,
 ) -> tuple[Any, ...]:
     """For the families that sum over one axis."""
-    if axis == -1 and base is None and out is None:
-        results = call_plainly(name, arrays, wrt, cotangent, extra)
+    wanted = in_order(tuple(arrays), wrt)
+    if wanted and axis == -1 and base is None and out is None:
+        results = call_plainly(name, tuple(arrays.values()), wanted, cotangent, *extra)
         if results is not None:
             return results
     unit = 1.0 if base is None else check_base(base)

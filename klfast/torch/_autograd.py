@@ -9,6 +9,7 @@ tracers are led to those of `klfast.torch._library`.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,24 +53,32 @@ class Family:
 
 @functools.cache
 def discrete_call(normalize: bool) -> Call:
-    return Call("kl_discrete", ("p", "q"), {"normalize": normalize})
+    kernel = "discrete" if normalize else "discrete_plain"
+    options = {"normalize": normalize}
+    return Call("kl_discrete", ("p", "q"), options, kernel, reads_bits=True)
 
 
 def categorical_call(temperature: float | Tensor) -> Call:
     t = as_array(temperature) if isinstance(temperature, Tensor) else temperature
-    return Call("kl_categorical", ("logits_p", "logits_q"), {"temperature": t})
+    names = ("logits_p", "logits_q")
+    kernel = "categorical" if type(t) is float and 0 < t < math.inf else None
+    return Call("kl_categorical", names, {"temperature": t}, kernel, (t,), reads_bits=True)
+
+
+def sides(kind_p: str, kind_q: str) -> tuple[str, ...]:
+    """The names of the arguments; no kind of q: none of its own."""
+    return ("loc_p", f"{kind_p}_p", *(("loc_q", f"{kind_q}_q") if kind_q else ()))
 
 
 @functools.cache
 def normal_call(kind_p: str, kind_q: str) -> Call:
-    names = ["loc_p", f"{kind_p}_p"] + (["loc_q", f"{kind_q}_q"] if kind_q else [])
-    return Call("kl_normal", tuple(names), {}, reads_bits=bool(kind_q))
+    kernel = f"normal_{kind_p}_{kind_q}" if kind_q else None
+    return Call("kl_normal", sides(kind_p, kind_q), {}, kernel, reads_bits=bool(kind_q))
 
 
 @functools.cache
 def mvn_call(kind_p: str, kind_q: str, errors: str) -> Call:
-    names = ["loc_p", f"{kind_p}_p"] + (["loc_q", f"{kind_q}_q"] if kind_q else [])
-    return Call("kl_mvn", tuple(names), {"errors": errors}, reads_bits=False)
+    return Call("kl_mvn", sides(kind_p, kind_q), {"errors": errors})
 
 
 FAMILIES = {
@@ -100,9 +109,30 @@ FAMILIES = {
 }
 
 
+def differentiate(ctx: Any, cotangent: Tensor) -> Any:
+    """The backward pass of Divergence and Transformed."""
+    wanted = ctx.needs_input_grad[2:]
+    call = (ctx.name, ctx.arguments, wanted, cotangent, *ctx.saved_tensors)
+    direct = is_plain(cotangent) and not torch.is_grad_enabled()
+    gradients = Gradient.forward(*call) if direct else Gradient.apply(*call)
+    return None, None, *at_their_places(gradients, wanted)
+
+
 class Divergence(torch.autograd.Function):
-    """The way of tensors that no compiler traces: straight to the kernels; below torch.func's vmap,
-    through the operator."""
+    """The way of eager PyTorch: straight to the kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, arguments: tuple[Any, ...], *tensors: Tensor) -> Tensor:
+        ctx.name, ctx.arguments = name, arguments
+        ctx.save_for_backward(*tensors)
+        return compute(name, arguments, tensors)
+
+    backward = staticmethod(differentiate)
+
+
+class Transformed(torch.autograd.Function):
+    """The same for torch.func, whose way of calling costs some 40 µs more; vmap goes through the
+    operators."""
 
     generate_vmap_rule = True
 
@@ -115,13 +145,7 @@ class Divergence(torch.autograd.Function):
         ctx.name, ctx.arguments, *tensors = inputs
         ctx.save_for_backward(*tensors)
 
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Any:
-        wanted = ctx.needs_input_grad[2:]
-        call = (ctx.name, ctx.arguments, wanted, cotangent, *ctx.saved_tensors)
-        direct = is_plain(cotangent) and not torch.is_grad_enabled()
-        gradients = Gradient.forward(*call) if direct else Gradient.apply(*call)
-        return None, None, *at_their_places(gradients, wanted)
+    backward = staticmethod(differentiate)
 
 
 class Gradient(torch.autograd.Function):
@@ -184,7 +208,11 @@ def compute(name: str, arguments: tuple[Any, ...], tensors: Sequence[Tensor]) ->
 
 def divergence(name: str, tensors: tuple[Tensor, ...], *arguments: Any) -> Tensor:
     """The family's divergence over the last axis, or axes, of checked tensors."""
-    if not is_traced(*tensors) and (transforms_active() or needs_gradient(*tensors)):
-        result: Tensor = Divergence.apply(name, arguments, *tensors)
-        return result
+    if not is_traced(*tensors):
+        if transforms_active():
+            result: Tensor = Transformed.apply(name, arguments, *tensors)
+            return result
+        if needs_gradient(*tensors):
+            result = Divergence.apply(name, arguments, *tensors)
+            return result  # noqa: RET504, what has a type
     return compute(name, arguments, tensors)

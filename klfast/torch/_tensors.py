@@ -17,17 +17,23 @@ from torch.nn import Parameter
 import klfast
 from klfast import grad
 from klfast._arguments import BFLOAT16_BITS
+from klfast._arguments import call_plainly as kl_plainly
+from klfast.grad._shared import call_plainly as gradients_plainly
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float64, *HALVES)
 
 
 class Call(NamedTuple):
-    """`reads_bits`: the kernel reads bfloat16 as it is."""
+    """`kernel` and `extra`: the gufunc that ordinary arrays can go to as they are, and its operands
+    after them. `reads_bits`: it reads bfloat16 as it is."""
 
     function: str
     names: tuple[str, ...]
     options: Mapping[str, Any]
-    reads_bits: bool = True
+    kernel: str | None = None
+    extra: tuple[Any, ...] = ()
+    reads_bits: bool = False
 
 
 def is_traced(*tensors: Tensor) -> bool:
@@ -117,31 +123,42 @@ def as_bits(x: Tensor) -> Any:
 
 
 def as_tensor(result: Any) -> Tensor:
-    return torch.from_numpy(np.asarray(result))
+    return torch.from_numpy(result if type(result) is np.ndarray else np.asarray(result))
 
 
-def keywords(call: Call, tensors: Sequence[Tensor]) -> dict[str, Any]:
-    """The call's keywords, with arrays for the tensors."""
-    convert = as_array
-    if tensors[0].dtype == torch.bfloat16 and call.reads_bits:
-        convert = as_bits
-    arguments = {name: convert(x) for name, x in zip(call.names, tensors, strict=True)}
-    arguments.update(call.options)
-    return arguments
+def as_arrays(call: Call, tensors: Sequence[Tensor]) -> list[Any]:
+    if call.reads_bits and tensors[0].dtype == torch.bfloat16:
+        return [as_bits(x) for x in tensors]
+    return [as_array(x) for x in tensors]
 
 
 def value(call: Call, tensors: Sequence[Tensor]) -> Tensor:
+    arrays = as_arrays(call, tensors)
     with np.errstate(all="ignore"):  # NaN comes without a word, as it does in PyTorch
-        return as_tensor(getattr(klfast, call.function)(**keywords(call, tensors)))
+        if call.kernel is not None:
+            result = kl_plainly(call.kernel, tuple(arrays), *call.extra)
+            if result is not None:
+                return as_tensor(result)
+        function = getattr(klfast, call.function)
+        return as_tensor(function(**dict(zip(call.names, arrays, strict=True)), **call.options))
 
 
 def value_and_gradients(
     call: Call, tensors: Sequence[Tensor], wanted: Sequence[bool], cotangent: Any
 ) -> tuple[Any, list[Tensor]]:
     """The divergence as an array, and the gradients of the wanted tensors, in their dtype."""
-    wrt = tuple(name for name, wants in zip(call.names, wanted, strict=True) if wants)
+    arrays = as_arrays(call, tensors)
     with np.errstate(all="ignore"):
-        result, *gradients = getattr(grad, call.function)(
-            **keywords(call, tensors), wrt=wrt, cotangent=cotangent
-        )
-    return result, [as_tensor(g).to(tensors[0].dtype) for g in gradients]
+        results = None
+        if call.kernel is not None:
+            bits = sum(1 << i for i, wants in enumerate(wanted) if wants)
+            results = gradients_plainly(call.kernel, arrays, bits, cotangent, *call.extra)
+        if results is None:
+            wrt = tuple(name for name, wants in zip(call.names, wanted, strict=True) if wants)
+            function = getattr(grad, call.function)
+            named = dict(zip(call.names, arrays, strict=True))
+            results = function(**named, **call.options, wrt=wrt, cotangent=cotangent)
+    gradients = [as_tensor(g) for g in results[1:]]
+    if tensors[0].dtype in HALVES:
+        gradients = [g.to(tensors[0].dtype) for g in gradients]
+    return results[0], gradients

@@ -77,9 +77,6 @@ class Distillation(torch.autograd.Function):
         rows, gradients = value_and_gradients(
             categorical_call(temperature), (teacher, student), ctx.wanted, weight
         )
-        if type(weight) is np.ndarray:
-            for gradient in gradients:
-                gradient[torch.from_numpy(weight == 0)] = 0
         ctx.save_for_backward(*gradients)
         return weighted_sum(rows, weight)
 
@@ -100,7 +97,7 @@ def weighted_sum(rows: Any, weight: Any) -> Tensor:
     if type(weight) is np.ndarray:
         total = np.sum(rows * weight, where=weight != 0, dtype=np.float64)
     else:
-        total = np.sum(rows, dtype=np.float64) * weight
+        total = np.add.reduce(rows, axis=None, dtype=np.float64) * weight
     return torch.from_numpy(np.asarray(total, dtype=rows.dtype))
 
 
@@ -159,6 +156,7 @@ def distillation_loss(
             f"{tuple(teacher.shape)}; wanted the same"
         )
     counts = rows_that_count(student, ignore_index, labels)
+    temperature = float(temperature)
     square = temperature * temperature
     if reduction == "none" or not is_plain(student, teacher):
         rows = kl_categorical(teacher, student, temperature=temperature)
