@@ -1,5 +1,7 @@
 """The one way every benchmark goes: check the values of a peer, then time it."""
 
+import warnings
+
 import klfast
 import pytest
 
@@ -75,5 +77,28 @@ def contrasted(benchmark):
                 function=contrast.function, work=contrast.what, peer=side, threads=threads
             )
             benchmark(calls[side])
+
+    return run
+
+
+@pytest.fixture
+def trained(benchmark, request):
+    def run(training, side, threads):
+        import training as losses
+
+        library = losses.SIDES[training.loss][side][0]
+        if not library.installed:
+            pytest.skip(f"needs {library.module}")
+        if request.config.getoption("--quick"):
+            training = training.smaller()
+        benchmark.group = group(training.name, threads)
+        with library.threads(threads), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            call = training.prepare(side)
+            training.check(call(), losses.exact(training))
+            benchmark.extra_info.update(
+                function=training.loss, work=training.name, peer=side, threads=threads
+            )
+            benchmark(call)
 
     return run

@@ -21,6 +21,7 @@ from klfast import _kernels
 from klfast.threads import get_num_threads, num_threads
 
 FLOATS = frozenset("efd")
+BFLOAT16_BITS = np.dtype([("bfloat16", np.uint16)])  # for those who have bfloat16 without ml_dtypes
 
 
 def gufunc_for(name: str, arrays: Mapping[str, Any]) -> tuple[Callable[..., Any], list[Any]]:
@@ -78,8 +79,8 @@ def common_dtype(operands: Sequence[Any]) -> np.dtype[Any]:
 
 
 def is_bfloat16(dtype: np.dtype[Any]) -> bool:
-    """Whether it is ml_dtypes' bfloat16, which is no dtype of NumPy's own."""
-    return dtype.kind == "V" and dtype.name == "bfloat16"
+    """Whether it is bfloat16, which is no dtype of NumPy's own: ml_dtypes', or bits that say so."""
+    return dtype.kind == "V" and (dtype.name == "bfloat16" or dtype == BFLOAT16_BITS)
 
 
 def _dtype_of(x: Any) -> Any:

@@ -56,6 +56,7 @@ _module = importlib.import_module(f"klfast._kernels_{isa}")
 
 gufuncs: dict[str, Callable[..., Any]] = _module.gufuncs
 plain: dict[str, Callable[..., Any]] = _module.plain
+are_plain: Callable[..., bool] = _module.are_plain
 set_threads: Callable[..., None] = _module.set_threads
 get_threads: Callable[[], tuple[int, int]] = _module.get_threads
 build: Callable[[], dict[str, Any]] = _module.build

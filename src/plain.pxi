@@ -96,3 +96,17 @@ cdef object make_plain(object gufunc, str signature, const Kernel *kernel_f32,
     for i in range(plain.n_arrays):
         plain.core_axes[i] = cores[i]
     return plain
+
+
+def are_plain(*arrays):
+    """Whether all are ndarrays of float32 or all of float64, with one axis or two."""
+    cdef object x
+    cdef int number = -1
+    for x in arrays:
+        if not cnp.PyArray_CheckExact(x) or not 0 < cnp.PyArray_NDIM(x) <= 2:
+            return False
+        if number < 0:
+            number = cnp.PyArray_TYPE(x)
+        if cnp.PyArray_TYPE(x) != number:
+            return False
+    return number == cnp.NPY_FLOAT or number == cnp.NPY_DOUBLE

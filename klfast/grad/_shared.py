@@ -57,6 +57,38 @@ def same_dtype(name: str, arrays: Mapping[str, Any]) -> tuple[str, dict[str, Any
     return name, {k: np.asarray(x, dtype) for k, x in operands.items()}
 
 
+def call_plainly(
+    name: str, operands: Sequence[Any], wanted: int, cotangent: Any, *extra: Any
+) -> tuple[Any, ...] | None:
+    """The gufunc's results where operands of one dtype and shape can go to it as they are; None
+    where something needs a look. `wanted` as in `_kernels.gradients`."""
+    if not _kernels.are_plain(*operands):
+        return None
+    shape = operands[0].shape
+    for x in operands:
+        if x.shape != shape:
+            return None
+    if cotangent is None:
+        cotangent = ONE
+    elif type(cotangent) is not float and not (
+        type(cotangent) is np.ndarray
+        and cotangent.dtype.char in "fd"
+        and cotangent.shape == shape[:-1]
+    ):
+        return None
+    for x in extra:
+        if type(x) is not float and x.ndim:
+            return None
+    results: tuple[Any, ...] = _kernels.gradients(name, wanted)(*operands, *extra, cotangent)
+    return results
+
+
+def in_order(names: Sequence[str], wrt: Sequence[str]) -> int:
+    """The bits of the wanted among the names, or 0 where they come in another order."""
+    places = [names.index(argument) for argument in wrt]
+    return sum(1 << i for i in places) if places == sorted(places) else 0
+
+
 def gradients(
     name: str,
     arrays: Mapping[str, Any],
@@ -83,7 +115,7 @@ def gradients(
     batch = np.broadcast_shapes(*batches, *map(np.shape, extra))
     dtype = np.dtype(np.float64 if operands[0].dtype == np.float64 else np.float32)
     results = check_out(out, [(argument, shapes[argument]) for argument in wrt], dtype)
-    inputs = [*operands, *extra, check_cotangent(cotangent, batch) / unit]
+    inputs = [*operands, *map(np.asarray, extra), check_cotangent(cotangent, batch) / unit]
     if out is not None:  # rows are read again after their gradients were begun
         inputs = [
             x.copy() if any(np.may_share_memory(x, y) for y in results) else x for x in inputs
@@ -118,6 +150,11 @@ def along_axis(
     out: Any,
 ) -> tuple[Any, ...]:
     """For the families that sum over one axis."""
+    wanted = in_order(tuple(arrays), wrt)
+    if wanted and axis == -1 and base is None and out is None:
+        results = call_plainly(name, tuple(arrays.values()), wanted, cotangent, *extra)
+        if results is not None:
+            return results
     unit = 1.0 if base is None else check_base(base)
     name, operands = same_dtype(name, arrays)
     axis = check_axis(axis, operands, list(operands.values()))

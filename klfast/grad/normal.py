@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from klfast._arguments import check_axis
-from klfast.grad._shared import check_wrt, gradients, same_dtype
+from klfast.grad._shared import call_plainly, check_wrt, gradients, in_order, same_dtype
 from klfast.normal import STANDARD, kind_of
 
 __all__ = ["kl_normal"]
@@ -106,6 +106,12 @@ def kl_normal(
             "loc_q is missing: give it with the spread of q, or leave q out for N(0, I)"
         )
     wanted = check_wrt(wrt, tuple(given))
+    bits = in_order(tuple(given), wanted)
+    if bits and loc_q is not None and axis == -1 and out is None:
+        kernel = f"normal_{kind_p}_{kind_q}"
+        results = call_plainly(kernel, tuple(given.values()), bits, cotangent)
+        if results is not None:
+            return results
     standard = {} if loc_q is not None else {"loc_q": 0.0, f"{kind_q}_q": STANDARD[kind_q]}
     kernel, arrays = same_dtype(f"normal_{kind_p}_{kind_q}", given | standard)
     shapes = {argument: x.shape for argument, x in arrays.items()}
