@@ -284,7 +284,7 @@ cdef inline double discrete_hard_value(const Row *row, Watch *watch) noexcept no
 
 
 cdef inline double hard_plain_sum(const Row *row, Watch *watch) noexcept nogil:
-    cdef double p, q, direct, term
+    cdef double p, q, log_p_q, direct, term
     cdef npy_intp i
     cdef Sums sums
     clear(&sums)
@@ -292,8 +292,9 @@ cdef inline double hard_plain_sum(const Row *row, Watch *watch) noexcept nogil:
         if is_unwanted(watch, i):
             return NAN
         p, q = element(row, 0, i), element(row, 1, i)
-        direct = p * log_ratio(p, q) if p > 0 else 0
-        term = hard_term(p, q, p - q)
+        log_p_q = log_ratio(p, q) if p > 0 else 0
+        direct = p * log_p_q
+        term = hard_term(p, q, p - q, log_p_q)
         add(&sums, fabs(direct), term, (q - p) - term, direct)
     round_off(&sums)
     return plain_sum(sums.weight, sums.divergence, sums.drift, sums.direct)
@@ -303,7 +304,7 @@ cdef inline double discrete_hard_divergence(const Row *row, Watch *watch) noexce
     """The formula at the head, one element at a time, weights scaled by powers of two so that the
     largest are near 1 and sums cannot overflow."""
     cdef int up_p, up_q
-    cdef double p, q, scaled_q, difference, term, total_p = 0, total_q = 0, ratio
+    cdef double p, q, scaled_q, difference, term, log_p_q, total_p = 0, total_q = 0, ratio
     cdef double largest_p = 0, largest_q = 0
     cdef npy_intp i
     cdef Sums sums
@@ -324,26 +325,27 @@ cdef inline double discrete_hard_divergence(const Row *row, Watch *watch) noexce
     for i in range(row.length):
         if is_unwanted(watch, i):
             return NAN
-        p, q = ldexp(element(row, 0, i), -up_p), ldexp(element(row, 1, i), -up_q)
+        p, q = element(row, 0, i), element(row, 1, i)
+        log_p_q = log_scaled_ratio(p, q, up_q - up_p) - log(ratio) if p > 0 else 0
+        p, q = ldexp(p, -up_p), ldexp(q, -up_q)
         scaled_q = ratio * q
         difference = (p - scaled_q) + residual_product(ratio, q, scaled_q)
-        term = hard_term(p, scaled_q, difference)
+        term = hard_term(p, scaled_q, difference, log_p_q)
         add(&sums, p, term, -difference - term, 0)
     round_off(&sums)
     return divergence_of(sums.weight, sums.divergence, sums.drift)
 
 
-cdef inline double hard_term(double p, double q, double difference) noexcept nogil:
-    """p log(p/q) - p + q, given p - q."""
+cdef inline double hard_term(double p, double q, double difference,
+                             double log_p_q) noexcept nogil:
+    """p log(p/q) - p + q, given p - q and log(p/q); q may have underflowed."""
     cdef double s
     if p == 0:
         return q
     if fabs(difference) < 0.25 * p:
         s = difference / (p + q)
         return difference * s + p * atanh_tail(s)
-    if q == 0:  # underflow of a ratio beyond 1e300
-        return INFINITY
-    return p * log_ratio(p, q) - difference
+    return p * log_p_q - difference
 
 
 # Gradients. With r_i = log(P_i/Q_i) = log(p_i/q'_i) + log1p(u),  q' = r q and u as at the head,

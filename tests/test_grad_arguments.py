@@ -139,6 +139,24 @@ def test_layouts(entry, dtype, size):
         np.testing.assert_allclose(x.T, y, rtol=1e-5, atol=1e-7)
 
 
+def test_many_batch_axes():
+    a, b = np.random.default_rng(3).normal(size=(2, 3, 4, 5, 6))
+    cotangent, t = np.arange(5.0), np.linspace(0.5, 2, 4)[:, None]
+    value, *got = klfast.grad.kl_categorical(a, b, cotangent=cotangent, temperature=t)
+    for i, j, k in np.ndindex(value.shape):
+        options = {"cotangent": cotangent[k], "temperature": t[j, 0]}
+        want_value, *want = klfast.grad.kl_categorical(a[i, j, k], b[i, j, k], **options)
+        assert value[i, j, k] == want_value
+        for x, y in zip(got, want, strict=True):
+            np.testing.assert_array_equal(x[i, j, k], y)
+    for shape in ((0, 3, 4), (2, 0, 4), (2, 3, 0)):
+        empty = np.empty(shape)
+        with np.errstate(invalid="ignore"):
+            value, *got = klfast.grad.kl_discrete(empty, empty)
+        assert value.shape == shape[:-1]
+        assert all(x.shape == shape for x in got)
+
+
 @entries
 def test_out_may_be_an_input(entry):
     arrays = entry.inputs("float64", (4,), 20)
