@@ -121,11 +121,12 @@ cdef void row_gradient(const Row *row, Slope *slope, const Target *target, Watch
     if real is float:
         if not decided and fast_gradient(row, slope, target, watch, <double> 0):
             return
-    if slope.cotangent == 0 or slope.value != slope.value:
-        fill_slopes(row, target, 0 if slope.cotangent == 0 else NAN)
     if not decided:
         slope.value = hard_value(row, watch)
-    if slope.cotangent == 0 or slope.value != slope.value or watch.stop:
+    if watch.stop:
+        return
+    if slope.cotangent == 0 or slope.value != slope.value:
+        fill_slopes(row, target, 0 if slope.cotangent == 0 else NAN)
         return
     if row.family == Family.NORMAL:
         normal_hard_slopes(
@@ -149,6 +150,10 @@ cdef inline int gradients_of_rows(const Batch *batch, npy_intp first, npy_intp l
     for index in range(first, last):
         row = row_at(batch, index, kernel)
         result = row.n_operands + (2 if row.family == Family.CATEGORICAL else 1)
+        slope.beta, slope.beta_rest = row.inverse_temperature, 0
+        if row.family == Family.CATEGORICAL:
+            slope.beta_rest = slope.beta * residual_product(
+                slope.beta, (<const double *> (batch.operands[2] + index * batch.outer[2]))[0], 1.0)
         slope.cotangent = (<const double *> (
             batch.operands[result - 1] + index * batch.outer[result - 1]))[0]
         out = 0

@@ -80,8 +80,9 @@ def kl_normal(
     Notes
     -----
     Relative error of every gradient at most 1e-6 (float32) and 1e-14 (float64), however close P and
-    Q are; with respect to the spread of Q relative to that of |t| + m²/v_q, and sums over what was
-    broadcast to the sums of absolute values. Second derivatives are not offered.
+    Q are; with respect to the spread of Q relative to that of |t| + m²/v_q, where the sides give
+    different things for the variance with |t| no less than 1e-7, and sums over what was broadcast
+    to the sums of absolute values. Second derivatives are not offered.
 
     References
     ----------
