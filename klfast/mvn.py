@@ -101,7 +101,7 @@ def kl_mvn(
         raise ValueError(f"errors must be 'raise' or 'nan', got {errors!r}")
     kinds, operands = given(loc_p, cov_p, loc_q, cov_q, scale_tril_p, scale_tril_q)
     if out is None:
-        result = _kernels.plain["mvn_{}_{}".format(*kinds)](*operands)
+        result = _kernels.plain["_".join(("mvn", *kinds))](*operands)
         if result is not None:
             return result
     gufunc, names = GUFUNCS[kinds]

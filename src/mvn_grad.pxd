@@ -27,7 +27,7 @@ from gufunc cimport (
     NO_MEMORY, Batch, Kernel, Plan, Watch, look_for_signals, omp_get_thread_num)
 from mvn cimport (
     COLUMNS, LANES, LARGE, MOST_LANES, MOST_ROWS, ROWS, Panels, Side, aligned, cholesky, divergence,
-    gather_f32, gather_f64, lanes_cholesky, lanes_diagonal, lanes_divergence, lanes_improper,
+    lanes_cholesky, lanes_diagonal, lanes_divergence, lanes_improper,
     lanes_reciprocals, lanes_whiten, lanes_whiten_standard, ones, panels_improper,
     panels_new, reciprocals, settle, side, solve, vec)
 from vecmath cimport real

@@ -94,7 +94,7 @@ def kl_mvn(
         Σ_q         −½ L_q⁻ᵀ (Y + Yᵀ + Y Yᵀ + z zᵀ) L_q⁻¹
 
     Everything is a product with Y or z, so that nothing cancels where P and Q are close. The error
-    of an element is at most 1e-13 (float64) and 4e-7 (float32) times the largest element of that
+    of an element is at most 2e-14 (float64) and 1e-7 (float32) times the largest element of that
     gradient, from well-conditioned Cholesky factors up to D = 65, however close P and Q are. From
     covariances the rounding of their Cholesky factorisation is the limit, D ε times the condition
     number over the relative distance of P and Q, with the ε of double: pass factors where P is very
