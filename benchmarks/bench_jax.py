@@ -1,5 +1,5 @@
-"""klfast.jax beside jax.jit: one small call, by XLA and through Python, and the value and gradient of
-a distillation loss, on one thread with
+"""klfast.jax beside jax.jit: one small call, by XLA and through Python, and value and gradient of a
+distillation loss, on one thread with
 XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"."""
 
 import klfast
