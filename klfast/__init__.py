@@ -7,7 +7,7 @@ others. `klfast.reference` holds the definitions in plain NumPy.
 
 from importlib.metadata import version as _version
 
-from klfast import config, reference, threads
+from klfast import config, grad, reference, threads
 from klfast.categorical import kl_categorical
 from klfast.config import show_config
 from klfast.discrete import kl_discrete
@@ -18,6 +18,7 @@ from klfast.threads import get_num_threads, num_threads, set_num_threads
 __all__ = [
     "config",
     "get_num_threads",
+    "grad",
     "kl_categorical",
     "kl_discrete",
     "kl_mvn",

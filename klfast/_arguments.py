@@ -1,7 +1,7 @@
 """Manners: what every public function does with its arguments before and after the gufunc.
 
 The common case (ndarrays of one floating dtype, right shapes, no options) pays a check of types and
-nothing else: `call_plainly`, before anything is packed for the long way.
+nothing else: `_kernels.plain`, before anything is packed for the long way.
 Everything that is refused is refused before the gufunc writes anything, by an error that names the
 argument, what came and what was wanted; shapes are looked at only after the gufunc refused them.
 """
@@ -22,17 +22,6 @@ from klfast.threads import get_num_threads, num_threads
 
 FLOATS = frozenset("efd")
 BFLOAT16_BITS = np.dtype([("bfloat16", np.uint16)])  # for those who have bfloat16 without ml_dtypes
-
-
-def call_plainly(name: str, arrays: tuple[Any, ...], *extra: Any) -> Any:
-    """The gufunc's result where the arrays can go to it as they are; None where they cannot, or do
-    not fit together, which the long way explains."""
-    if _kernels.are_plain(*arrays):
-        try:
-            return _kernels.gufuncs[name](*arrays, *extra)
-        except ValueError:
-            pass
-    return None
 
 
 def gufunc_for(name: str, arrays: Mapping[str, Any]) -> tuple[Callable[..., Any], list[Any]]:

@@ -6,7 +6,8 @@ taken; the environment variable KLFAST_ISA (baseline, avx2, avx512) forces anoth
 What Python owes the gufuncs: operands of a registered dtype (float16, float32, float64; the
 temperature float64; bfloat16 as the uint16 of its bits, to the gufuncs named for it), arguments
 that make sense. What they owe: every row's result by the documented table of edge cases, and
-NumPy's "invalid" condition where a row is NaN because of a bad value.
+NumPy's "invalid" condition where a row is NaN because of a bad value. `plain` has the same names
+for calls that need no preparation; what these cannot do, they answer with None.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ isa: str = _chosen()
 _module = importlib.import_module(f"klfast._kernels_{isa}")
 
 gufuncs: dict[str, Callable[..., Any]] = _module.gufuncs
-are_plain: Callable[..., bool] = _module.are_plain
+plain: dict[str, Callable[..., Any]] = _module.plain
 set_threads: Callable[..., None] = _module.set_threads
 get_threads: Callable[[], tuple[int, int]] = _module.get_threads
 build: Callable[[], dict[str, Any]] = _module.build

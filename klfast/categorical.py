@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from klfast._arguments import as_array, call_plainly, reduce
+from klfast import _kernels
+from klfast._arguments import as_array, reduce
 
 __all__ = ["kl_categorical"]
-
-ONE = np.array(1.0)  # spares the gufunc the conversion of the usual temperature
 
 
 def kl_categorical(
@@ -87,7 +86,7 @@ def kl_categorical(
     """
     temperature = check_temperature(temperature)
     if axis == -1 and not keepdims and base is None and out is None:
-        result = call_plainly("categorical", (logits_p, logits_q), temperature)
+        result = _kernels.plain["categorical"](logits_p, logits_q, temperature)
         if result is not None:
             return result
     return reduce(
@@ -103,8 +102,6 @@ def kl_categorical(
 
 def check_temperature(temperature: Any) -> Any:
     if type(temperature) is float:
-        if temperature == 1:
-            return ONE
         if 0 < temperature < math.inf:
             return temperature
         raise ValueError(f"temperature must be positive and finite, got {temperature}")

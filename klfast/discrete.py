@@ -6,7 +6,8 @@ from typing import Any
 
 from numpy.typing import ArrayLike, NDArray
 
-from klfast._arguments import call_plainly, reduce
+from klfast import _kernels
+from klfast._arguments import reduce
 
 __all__ = ["kl_discrete"]
 
@@ -82,7 +83,7 @@ def kl_discrete(
     """
     name = "discrete" if normalize else "discrete_plain"
     if axis == -1 and not keepdims and base is None and out is None:
-        result = call_plainly(name, (p, q))
+        result = _kernels.plain[name](p, q)
         if result is not None:
             return result
     return reduce(name, {"p": p, "q": q}, axis=axis, keepdims=keepdims, base=base, out=out)

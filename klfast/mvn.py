@@ -13,7 +13,6 @@ from klfast._arguments import as_array, check_out, common_dtype, is_lazy, only_o
 
 __all__ = ["kl_mvn"]
 
-FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 KEYWORDS = {"cov": "cov", "tril": "scale_tril"}  # part of a gufunc's name: of its arguments'
 GUFUNCS = {  # kind of P and of Q: gufunc and names of its arguments
     (p, q): (
@@ -101,16 +100,15 @@ def kl_mvn(
     if errors not in ("raise", "nan"):
         raise ValueError(f"errors must be 'raise' or 'nan', got {errors!r}")
     kinds, operands = given(loc_p, cov_p, loc_q, cov_q, scale_tril_p, scale_tril_q)
+    if out is None:
+        result = _kernels.plain["_".join(("mvn", *kinds))](*operands)
+        if result is not None:
+            return result
     gufunc, names = GUFUNCS[kinds]
-    dtype = getattr(loc_p, "dtype", None)
-    common = dtype is FLOAT64 or dtype is FLOAT32
-    for x in operands:
-        common = common and type(x) is np.ndarray and x.dtype is dtype
-    if not common:
-        operands = to_floats(names, operands)
-        if any(is_lazy(x) for x in operands):
-            batch_shape(names, operands, out)
-            return gufunc(*operands)
+    operands = to_floats(names, operands)
+    if any(is_lazy(x) for x in operands):
+        batch_shape(names, operands, out)
+        return gufunc(*operands)
     target = None if out is None else check_out(out)
     if errors == "nan" and target is not None:  # the gufunc would broadcast to a larger `out`
         batch_shape(names, operands, target)
@@ -122,7 +120,7 @@ def kl_mvn(
         raise
     if target is not None and (target.shape != result.shape or target.dtype != result.dtype):
         batch_shape(names, operands, target)
-    if result != result if result.ndim == 0 else np.isnan(result).any():
+    if np.isnan(result).any():
         account_for_nan(gufunc, names, operands, np.asarray(result), errors)
     if target is None:
         return result
@@ -158,8 +156,8 @@ def to_floats(names: tuple[str, ...], operands: list[Any]) -> list[Any]:
     converted = [as_array(name, x) for name, x in zip(names, operands, strict=True)]
     converted = [x if hasattr(x, "dtype") else np.asarray(x) for x in converted]
     dtype = common_dtype(converted)
-    if dtype != FLOAT64:
-        dtype = FLOAT32
+    if dtype != np.float64:
+        dtype = np.dtype(np.float32)
     return [x if x.dtype == dtype else x.astype(dtype) for x in converted]
 
 

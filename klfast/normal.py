@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from klfast._arguments import as_array, call_plainly, common_dtype, only_one, reduce
+from klfast import _kernels
+from klfast._arguments import as_array, common_dtype, only_one, reduce
 
 __all__ = ["kl_normal"]
 
@@ -91,7 +92,8 @@ def kl_normal(
     if loc_q is not None:
         kind_q, spread_q = kind_of("q", scale_q, var_q, logvar_q)
         if axis == -1 and not keepdims and out is None:
-            result = call_plainly(f"normal_{kind_p}_{kind_q}", (loc_p, spread_p, loc_q, spread_q))
+            plain = _kernels.plain[f"normal_{kind_p}_{kind_q}"]
+            result = plain(loc_p, spread_p, loc_q, spread_q)
             if result is not None:
                 return result
     elif not (scale_q is None and var_q is None and logvar_q is None):

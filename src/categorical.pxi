@@ -607,7 +607,7 @@ cdef inline void slope_constants(const Slope *slopes, int each, real *constants)
         constants[SHIFT_REST + lane] = <real> (
             (slope.shift - <real> slope.shift) + slope.shift_rest)
         constants[BETA + lane] = <real> slope.beta
-        constants[BETA_REST + lane] = <real> (slope.beta - <real> slope.beta)
+        constants[BETA_REST + lane] = <real> ((slope.beta - <real> slope.beta) + slope.beta_rest)
         constants[FACTOR + lane] = <real> (slope.cotangent * slope.beta / slope.weight)
         constants[VALUE + lane] = <real> slope.value
 
@@ -649,8 +649,8 @@ cdef void categorical_slopes(const real **x, int n, const Slope *slope, int want
 
 cdef inline void categorical_slope(const Row *row, const Sums *sums, Slope *slope) noexcept nogil:
     """From the sums of a row. A weight below 1 would leave small P_i to underflow."""
-    cdef double move, beta = row.inverse_temperature
-    slope.beta, slope.peak, slope.weight, slope.shift_rest = beta, sums.peak, sums.weight, 0
+    cdef double move, beta = slope.beta
+    slope.peak, slope.weight, slope.shift_rest = sums.peak, sums.weight, 0
     slope.shift = two_sum(
         sums.shift, -(sums.drift / sums.weight + slope.value) / beta, &slope.shift_rest)
     if not 0.5 < sums.weight < 1e30:
@@ -661,9 +661,8 @@ cdef inline void categorical_slope(const Row *row, const Sums *sums, Slope *slop
 
 cdef inline void categorical_hard_slope(const Row *row, Watch *watch, Slope *slope) noexcept nogil:
     """Of a row that the fast formulas do not vouch for, or whose value is infinite."""
-    cdef double beta = row.inverse_temperature
     cdef double peak_a = peak_of(row, watch, 0), peak_b = peak_of(row, watch, 1)
     cdef double lse_a = log_sum_exp(row, watch, 0, peak_a), lse_b = log_sum_exp(row, watch, 1, peak_b)
-    slope.beta, slope.peak, slope.weight, slope.shift_rest = beta, peak_a, libm_exp(lse_a), 0
+    slope.peak, slope.weight, slope.shift_rest = peak_a, libm_exp(lse_a), 0
     slope.shift = two_sum(peak_a, -peak_b, &slope.shift_rest)
-    slope.shift = two_sum(slope.shift, (lse_a - lse_b) / beta, &slope.shift_rest)
+    slope.shift = two_sum(slope.shift, (lse_a - lse_b) / slope.beta, &slope.shift_rest)

@@ -245,12 +245,16 @@ cdef inline double plain_sum(double weight, double divergence, double drift,
 
 
 cdef inline double log_ratio(double p, double q) noexcept nogil:
-    """log(p/q) for any positive finite p, q, subnormal or far apart. 2 ulp."""
+    return log_scaled_ratio(p, q, 0)
+
+
+cdef inline double log_scaled_ratio(double p, double q, int up) noexcept nogil:
+    """log(2^up p/q) for any positive finite p, q, subnormal or far apart. 2 ulp."""
     cdef int exponent_p, exponent_q
     cdef double x = frexp(p, &exponent_p), y = frexp(q, &exponent_q)
     cdef double e = ratio_exponent(x, y), z = match_exponent(x, y)
     cdef double s = (x - z) / (x + z)
-    return (e + exponent_p - exponent_q) * LN2 + (2 * s + atanh_tail(s))
+    return (e + exponent_p - exponent_q + up) * LN2 + (2 * s + atanh_tail(s))
 
 
 cdef int discrete_traits(const double **x, int n) noexcept nogil:
@@ -506,7 +510,7 @@ cdef void discrete_hard_slopes(const Row *row, Watch *watch, const Slope *slope,
                 s = d / (ldexp(p, -up_p) + x)
                 slope_of = ldexp((2 * s + atanh_tail(s) + added) / total_p, -up_p)
             else:
-                s = log_ratio(p, q) + (up_q - up_p) * LN2 - log(ratio)
+                s = log_scaled_ratio(p, q, up_q - up_p) - log(ratio)
                 slope_of = ldexp((s + added) / total_p, -up_p)
             store_slope(to[0] + i * step[0], row.format, slope_of, slope.cotangent)
         if wanted & 2:
@@ -517,9 +521,9 @@ cdef void discrete_hard_slopes(const Row *row, Watch *watch, const Slope *slope,
             elif near:
                 slope_of = -ldexp((d + excess * ldexp(p, -up_p)) / x / total_q, -up_q)
             else:
-                slope_of = ldexp(1 / total_q - quotient(p, q, up_q - up_p) / total_p, -up_q)
-                if slope_of - slope_of != 0:
-                    slope_of = -quotient(p, q, -up_p) / total_p
+                x = quotient(p, q, up_q - up_p) / total_p
+                slope_of = ldexp(1 / total_q - x, -up_q) if x < INFINITY else (
+                    -quotient(p, q, -up_p) / total_p)
             store_slope(to[1] + i * step[1], row.format, slope_of, slope.cotangent)
 
 

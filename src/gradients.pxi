@@ -150,6 +150,10 @@ cdef inline int gradients_of_rows(const Batch *batch, npy_intp first, npy_intp l
     for index in range(first, last):
         row = row_at(batch, index, kernel)
         result = row.n_operands + (2 if row.family == Family.CATEGORICAL else 1)
+        slope.beta, slope.beta_rest = row.inverse_temperature, 0
+        if row.family == Family.CATEGORICAL:
+            slope.beta_rest = slope.beta * residual_product(
+                slope.beta, (<const double *> (batch.operands[2] + index * batch.outer[2]))[0], 1.0)
         slope.cotangent = (<const double *> (
             batch.operands[result - 1] + index * batch.outer[result - 1]))[0]
         out = 0

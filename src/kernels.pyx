@@ -11,16 +11,16 @@ cimport numpy as cnp
 from numpy cimport npy_intp
 from libc.stdlib cimport calloc
 from gufunc cimport Kernel, gufunc_loop
-from libc.stdlib cimport calloc
 from mvn cimport mvn_rows_f32, mvn_rows_f64, plan_mvn
 from mvn_grad cimport mvn_gradient_rows_f32, mvn_gradient_rows_f64, plan_mvn_gradient
-from sums cimport Family, Format
+from sums cimport MAX_OPERANDS, Family, Format
 
 include "discrete.pxi"
 include "categorical.pxi"
 include "normal.pxi"
 include "rows.pxi"
 include "gradients.pxi"
+include "plain.pxi"
 
 cnp.import_array()
 cnp.import_ufunc()
@@ -108,10 +108,14 @@ cdef object row_gufunc(str name, str signature, Family family, tuple formats, bi
         kernel.plan = plan_rows
         kernel.family = family
         kernel.options = [form, normalize, spread_p, spread_q]
-    return make_gufunc(name, signature, first_loop, first_type, inputs + len(extra))
+    gufunc = make_gufunc(name, signature, first_loop, first_type, inputs + len(extra))
+    if formats is FORMATS:
+        plain[name] = make_plain(gufunc, signature, &kernels[first_loop + 1], &kernels[first_loop + 2])
+    return gufunc
 
 
 gufuncs = {}
+plain = {}  # the same for calls that need no preparation
 for suffix, formats in (("", FORMATS), ("_bfloat16", BFLOAT16)):
     gufuncs["discrete" + suffix] = row_gufunc(
         "discrete", "(k),(k)->()", Family.DISCRETE, formats)
@@ -135,7 +139,10 @@ cdef object mvn_gufunc(str name, str signature, bint cov_p, bint cov_q, bint sta
         kernel.rows = mvn_rows_f64 if dtype == "d" else mvn_rows_f32
         kernel.plan = plan_mvn
         kernel.options = [cov_p, cov_q, standard_q, 0]
-    return make_gufunc(name, signature, first_loop, first_type, inputs)
+    gufunc = make_gufunc(name, signature, first_loop, first_type, inputs)
+    plain[name] = make_plain(gufunc, signature, &kernels[first_loop], &kernels[first_loop + 1],
+                             explains_nan=True)
+    return gufunc
 
 
 for name_p, cov_p in (("cov", True), ("tril", False)):
@@ -225,21 +232,6 @@ def gradient_gufunc(name, int wanted):
     signature = ",".join(["(k)"] * inputs + ["()"] * len(extra)) + "->" + ",".join(
         ["()"] + ["(k)"] * outputs)
     return hang_up(hook, name, signature, dtypes, inputs + len(extra), 1 + outputs)
-
-
-def are_plain(*arrays):
-    """Whether these can go to a gufunc as they are: ndarrays of float32 or of float64, at most two
-    axes."""
-    cdef object x
-    cdef int number = -1
-    for x in arrays:
-        if not cnp.PyArray_CheckExact(x) or not 0 < cnp.PyArray_NDIM(x) <= 2:
-            return False
-        if number < 0:
-            number = cnp.PyArray_TYPE(x)
-        if cnp.PyArray_TYPE(x) != number:
-            return False
-    return number == cnp.NPY_FLOAT or number == cnp.NPY_DOUBLE
 
 
 def set_threads(*, default=None, everybody=None, here=None):

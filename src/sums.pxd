@@ -64,7 +64,8 @@ ctypedef struct Slope:          # what the gradients of a row's elements are mad
     double weight               # sum p
     double ratio                # discrete: y_i = log(ratio q/p)
     double excess               # discrete: e^change - 1
-    double beta                 # categorical: 1/T
+    double beta                 # categorical: 1/T, in two parts
+    double beta_rest
     double peak                 # categorical: P_i = e^((a_i - peak)/T) / weight
     double shift                # categorical: log(Q_i/P_i) = (shift - (a_i - b_i))/T, in two parts
     double shift_rest

@@ -99,7 +99,8 @@ def disassemble(path: Path) -> list[Instruction]:
 def innermost_loops(
     instructions: list[Instruction], longest: int = 1 << 14
 ) -> list[list[Instruction]]:
-    """What a backward jump of at most `longest` bytes spans, unless it spans another such loop."""
+    """What a backward jump of at most `longest` bytes spans, unless it spans another such loop, or
+    its target never leads back to it: code that was only laid out before."""
     addresses = [i.address for i in instructions]
     spans = []
     for last, instruction in enumerate(instructions):
@@ -108,9 +109,26 @@ def innermost_loops(
             spans.append((bisect.bisect_left(addresses, target), last))
     inner: list[tuple[int, int]] = []
     for first, last in sorted(set(spans), key=lambda span: span[1] - span[0]):
-        if not any(first <= a and b <= last for a, b in inner):
+        if not any(first <= a and b <= last for a, b in inner) and _leads(
+            instructions[first : last + 1]
+        ):
             inner.append((first, last))
     return [instructions[first : last + 1] for first, last in sorted(inner)]
+
+
+def _leads(span: list[Instruction]) -> bool:
+    """Whether control can go from the first instruction to the last without leaving the span."""
+    index = {instruction.address: i for i, instruction in enumerate(span)}
+    reached, waiting = {0}, [0]
+    while waiting:
+        i = waiting.pop()
+        follows = [] if span[i].name in ("jmp", "ret") else [i + 1]
+        if span[i].jump_target in index:
+            follows.append(index[span[i].jump_target])
+        new = {j for j in follows if j < len(span)} - reached
+        reached |= new
+        waiting += new
+    return len(span) - 1 in reached
 
 
 # What a call executes

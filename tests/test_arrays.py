@@ -108,6 +108,16 @@ def test_broadcasting(entry, size, dtype):
             entry.check(got, arrays)
 
 
+@by_id
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 2, 5, 40])
+def test_one_distribution_alone_is_as_in_a_batch(entry, dtype, size):
+    arrays = entry.inputs(dtype, (3,), size)
+    alone = [entry({name: a[i] for name, a in arrays.items()}) for i in range(3)]
+    assert [type(x) for x in alone] == [np.dtype(dtype).type] * 3
+    np.testing.assert_array_equal(alone, entry(arrays), f"{arrays}")
+
+
 @plain
 def test_every_array_broadcasts_by_itself(entry):
     arrays = entry.inputs("float64", (3,), 5)

@@ -8,6 +8,7 @@ import typing
 from pathlib import Path
 
 import klfast
+import klfast.grad
 import klfast.reference
 import pytest
 
@@ -119,3 +120,50 @@ def test_has_peers(name):
     family = name.removeprefix("kl_")
     libraries = re.findall(rf"def (\w+)_{family}\(", (BENCHMARKS / "peers.py").read_text())
     assert len(libraries) >= 4, libraries
+
+
+GRADIENTS = [name for name in klfast.grad.__all__ if name.startswith("kl_")]
+each_gradient = pytest.mark.parametrize("name", GRADIENTS)
+
+
+@each_gradient
+def test_gradient_has_the_arguments_of_its_value(name):
+    value, gradient = (
+        inspect.signature(getattr(module, name)).parameters for module in (klfast, klfast.grad)
+    )
+    for parameter in set(value) - {"keepdims", "out"}:
+        assert gradient[parameter].default == value[parameter].default
+        assert gradient[parameter].kind == value[parameter].kind
+    assert {"wrt", "cotangent", "out"} <= set(gradient)
+
+
+@each_gradient
+def test_gradient_docstring(name):
+    function = getattr(klfast.grad, name)
+    doc = sections(function)
+    for title in ("Parameters", "Returns", "Raises", "Notes", "References", "Examples"):
+        assert doc.get(title), f"{name} has no section {title}"
+    for parameter in inspect.signature(function).parameters:
+        assert re.search(rf"\b{parameter}\b", doc["Parameters"]), f"{parameter} is not explained"
+    assert re.search(r"\(\.\.\., [KD]", doc["Parameters"]), "no shapes"
+    assert re.search(r"\bnats\b", doc["Returns"]), "no unit"
+    assert "KL(P‖Q)" in "\n".join(doc.values()), "no direction"
+    assert re.search(r"\be-\d|\de-\d", doc["Notes"]), "no bound"
+    for error in ("ValueError", "TypeError"):
+        assert error in doc["Raises"]
+
+
+@each_gradient
+def test_gradient_types_and_examples(name):
+    function = getattr(klfast.grad, name)
+    assert set(typing.get_type_hints(function)) == {
+        *inspect.signature(function).parameters,
+        "return",
+    }
+    module = importlib.import_module(function.__module__)
+    found = doctest.DocTestFinder(recurse=False).find(function, name, module=module)
+    assert any(test.examples for test in found)
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    for test in found:
+        runner.run(test)
+    assert not runner.failures

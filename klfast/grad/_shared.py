@@ -29,7 +29,7 @@ ONE = np.array(1.0)
 
 
 def check_wrt(wrt: Any, given: Sequence[str]) -> tuple[str, ...]:
-    """The names of the arguments whose gradients are wanted, in order; None: all that were given."""
+    """The names of the arguments whose gradients are wanted, in order; None: all given."""
     if wrt is None:
         return tuple(given)
     if not isinstance(wrt, (str, Sequence)) or not all(isinstance(name, str) for name in wrt):
@@ -62,11 +62,12 @@ def call_plainly(
 ) -> tuple[Any, ...] | None:
     """The gufunc's results where operands of one dtype and shape can go to it as they are; None
     where something needs a look. `wanted` as in `_kernels.gradients`."""
-    if not _kernels.are_plain(*operands):
+    first = operands[0]
+    if type(first) is not np.ndarray or first.ndim == 0 or first.dtype.char not in "fd":
         return None
-    shape = operands[0].shape
+    shape, dtype = first.shape, first.dtype
     for x in operands:
-        if x.shape != shape:
+        if type(x) is not np.ndarray or x.shape != shape or x.dtype != dtype:
             return None
     if cotangent is None:
         cotangent = ONE
@@ -105,16 +106,21 @@ def gradients(
     """
     (value, *gradients) of the kernel `name`, both divided by `unit`.
 
-    `arrays`: the kernel's operands in order, of one dtype, their core axes, as many as `cores` says,
-    last. `shapes`: of the arguments, which are those of the gradients; `layout` makes an array of
-    that shape a view that lies as the operand does. `extra`: operands between arrays and cotangent.
+    `arrays`: the kernel's operands in order, of one dtype, their core axes, as many as `cores`
+    says, last. `shapes`: of the arguments, which are those of the gradients; `layout` makes an
+    array of that shape a view that lies as the operand does. `extra`: operands between arrays and
+    cotangent.
     """
     names, operands = list(arrays), list(arrays.values())
     batches = [x.shape[: x.ndim - core] for x, core in zip(operands, cores, strict=True)]
     batch = np.broadcast_shapes(*batches, *map(np.shape, extra))
     dtype = np.dtype(np.float64 if operands[0].dtype == np.float64 else np.float32)
     results = check_out(out, [(argument, shapes[argument]) for argument in wrt], dtype)
-    inputs = [*operands, *map(np.asarray, extra), check_cotangent(cotangent, batch) / unit]
+    inputs = [*operands, *map(np.asarray, extra), np.asarray(check_cotangent(cotangent, batch) / unit)]
+    if out is not None:  # rows are read again after their gradients were begun
+        inputs = [
+            x.copy() if any(np.may_share_memory(x, y) for y in results) else x for x in inputs
+        ]
     wanted = sorted(names.index(argument) for argument in wrt)
     gufunc = _kernels.gradients(name, sum(1 << i for i in wanted))
     targets, full = [], []
@@ -124,13 +130,31 @@ def gradients(
         target = layout(results[wrt.index(names[i])])
         targets.append(target[(None,) * (len(full[-1]) - target.ndim)])
     if all(target.shape == shape for target, shape in zip(targets, full, strict=True)):
-        value = gufunc(*inputs, out=(None, *targets))[0]
+        value = _in_one(gufunc, inputs, cores, targets, batch)
     else:
         value = np.empty(batch, dtype)
         inner = [*cores, *(0 for _ in extra), 0], [cores[i] for i in wanted]
         sum_back(gufunc, inputs, inner[0], value, targets, full, inner[1])
         value = value[()]
     return (value if unit == 1 else value / value.dtype.type(unit), *results)
+
+
+def _in_one(
+    gufunc: Any,
+    inputs: Sequence[Any],
+    cores: Sequence[int],
+    targets: Sequence[Any],
+    batch: tuple[int, ...],
+) -> Any:
+    """The value; arrays without gaps go as one batch axis, which threads share."""
+    arrays = [*inputs[: len(cores)], *targets]
+    rank = len(batch)
+    if rank < 2 or not all(x.flags.c_contiguous and x.shape[:rank] == batch for x in arrays):
+        return gufunc(*inputs, out=(None, *targets))[0]
+    flat = [x.reshape(math.prod(batch), *x.shape[rank:]) for x in arrays]
+    extra = [np.broadcast_to(x, batch).reshape(-1) if x.ndim else x for x in inputs[len(cores) :]]
+    outs = (None, *flat[len(cores) :])
+    return gufunc(*flat[: len(cores)], *extra, out=outs)[0].reshape(batch)
 
 
 def along_axis(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from klfast.categorical import check_temperature
@@ -53,10 +54,10 @@ def kl_categorical(
         What `klfast.kl_categorical` returns, in nats or the unit of `base`.
     *gradients : ndarray
         Each of the shape of its argument: sums over what was broadcast. float64 for float64 and
-        integers, else float32. They are P (log(P/Q) − KL)/T and (Q − P)/T: 0 for a mask, and that
-        with respect to logits_p is 0 where logits_p is −inf. In rows that are +inf the latter is +inf
-        where Q is 0 and P is not, −inf at the other entries of P; the former stays finite. Rows that
-        are NaN have gradients NaN.
+        integers, else float32. They are P (log(P/Q) − KL)/T and (Q − P)/T: 0 for a mask; that with
+        respect to logits_p is 0 where logits_p is −inf. In rows that are +inf it is +inf where Q is
+        0 and P is not, and −inf at the other entries of P; that with respect to logits_q stays
+        finite. Rows that are NaN have gradients NaN.
 
     Raises
     ------
@@ -73,8 +74,8 @@ def kl_categorical(
     -----
     The gradients are right to 1e-6 (float32) and 1e-14 (float64) of
     P (|log(P/Q) − KL| + KL + √(2 KL))/T and (|Q − P| + Q min(√(2 KL), 1))/T, however close P and Q
-    are and whatever constants are added to the logits, beside 1e-37 (float32) and 1e-306 (float64)
-    of cotangent/T for what underflows; sums over what was broadcast, of the sums of these. Q − P is
+    are and whatever constants are added to the logits; probabilities below 1e-37 (float32) and
+    1e-306 (float64) may count as 0. Sums over what was broadcast: of the sums of these. Q − P is
     computed as P expm1(log(Q/P)). Second derivatives are not offered.
 
     References
@@ -98,7 +99,7 @@ def kl_categorical(
         {"logits_p": logits_p, "logits_q": logits_q},
         names,
         axis=axis,
-        extra=(check_temperature(temperature),),
+        extra=(np.asarray(check_temperature(temperature)),),
         base=base,
         cotangent=cotangent,
         out=out,

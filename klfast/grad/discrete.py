@@ -33,7 +33,7 @@ def kl_discrete(
     axis : int, default -1
         The axis of length K.
     normalize : bool, default True
-        As in `klfast.kl_discrete`: P = p/Σp, Q = q/Σq, or Σ p log(p/q) of the weights as they stand.
+        As in `klfast.kl_discrete`: P = p/Σp and Q = q/Σq, or Σ p log(p/q) as it stands.
     base : float, optional
         Base of the logarithm, of value and gradients. The default is e, nats.
     wrt : str or sequence of str, default ("p", "q")
@@ -51,10 +51,10 @@ def kl_discrete(
     *gradients : ndarray
         Each of the shape of its argument: sums over what was broadcast. float64 for float64 and
         integers, else float32. With the rows' sums Sp and Sq they are (log(P/Q) − KL)/Sp and
-        (1 − P/Q)/Sq, or log(p/q) + 1 and −p/q with ``normalize=False``. Where only p is 0 that with
-        respect to p is −inf, where only q is 0 they are +inf and −inf; where both are 0, a mask, both
-        are 0. In rows that are +inf the normalised gradient with respect to p is −inf wherever q
-        is not 0. Rows that are NaN have gradients NaN.
+        (1 − P/Q)/Sq, or log(p/q) + 1 and −p/q with ``normalize=False``. Where only p is 0, that
+        with respect to p is −inf; where only q is 0, they are +inf and −inf; where both are 0, a
+        mask, both are 0. In rows that are +inf the normalised gradient with respect to p is −inf
+        wherever q is not 0. Rows that are NaN have gradients NaN.
 
     Raises
     ------

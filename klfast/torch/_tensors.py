@@ -15,10 +15,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import klfast
-from klfast import grad
+from klfast import _kernels, grad
 from klfast._arguments import BFLOAT16_BITS
-from klfast._arguments import call_plainly as kl_plainly
-from klfast.grad._shared import call_plainly as gradients_plainly
+from klfast.grad._shared import call_plainly
 
 HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, torch.float64, *HALVES)
@@ -136,7 +135,7 @@ def value(call: Call, tensors: Sequence[Tensor]) -> Tensor:
     arrays = as_arrays(call, tensors)
     with np.errstate(all="ignore"):  # NaN comes without a word, as it does in PyTorch
         if call.kernel is not None:
-            result = kl_plainly(call.kernel, tuple(arrays), *call.extra)
+            result = _kernels.plain[call.kernel](*arrays, *call.extra)
             if result is not None:
                 return as_tensor(result)
         function = getattr(klfast, call.function)
@@ -152,7 +151,7 @@ def value_and_gradients(
         results = None
         if call.kernel is not None:
             bits = sum(1 << i for i, wants in enumerate(wanted) if wants)
-            results = gradients_plainly(call.kernel, arrays, bits, cotangent, *call.extra)
+            results = call_plainly(call.kernel, arrays, bits, cotangent, *call.extra)
         if results is None:
             wrt = tuple(name for name, wants in zip(call.names, wanted, strict=True) if wants)
             function = getattr(grad, call.function)

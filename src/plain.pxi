@@ -1,0 +1,98 @@
+"""Calls that need no preparation: ndarrays of one dtype, float32 or float64, as they come.
+
+One distribution alone goes straight to its kernel: NumPy's machinery for gufuncs takes longer than
+the divergence of a few elements.
+"""
+
+cdef extern from "numpy/arrayobject.h":
+    object PyArray_Scalar(void *data, cnp.PyArray_Descr *dtype, object base)
+
+cdef union Result:
+    float of_float
+    double of_double
+
+
+cdef class Plain:
+    """A gufunc for such arrays. Called, it gives the result, or None where the long way is needed:
+    for other arrays, for those that do not fit together, and for results that want an explanation."""
+    cdef object gufunc
+    cdef const Kernel *kernel_f32
+    cdef const Kernel *kernel_f64
+    cdef int n_arrays                 # operands beyond these are Python floats
+    cdef int core_axes[MAX_OPERANDS]  # axes that belong to one distribution
+    cdef bint explains_nan            # NaN may have a cause that only the long way tells
+
+    def __call__(self, *operands):
+        cdef int number = -1, batch_axes = 0, i
+        cdef cnp.ndarray x
+        if len(operands) < self.n_arrays:
+            return None
+        for i in range(self.n_arrays):
+            if not cnp.PyArray_CheckExact(operands[i]):
+                return None
+            x = <cnp.ndarray> operands[i]
+            if not cnp.PyArray_ISBEHAVED_RO(x):
+                return None
+            if number < 0:
+                number = cnp.PyArray_TYPE(x)
+            if cnp.PyArray_TYPE(x) != number or cnp.PyArray_NDIM(x) < self.core_axes[i]:
+                return None
+            batch_axes = max(batch_axes, cnp.PyArray_NDIM(x) - self.core_axes[i])
+        if number != cnp.NPY_FLOAT and number != cnp.NPY_DOUBLE:
+            return None
+        if batch_axes == 0:
+            return self.of_one(operands, number)
+        return self.of_batch(operands) if batch_axes == 1 and not self.explains_nan else None
+
+    cdef object of_batch(self, tuple operands):
+        try:
+            return self.gufunc(*operands)
+        except ValueError:
+            return None
+
+    cdef object of_one(self, tuple operands, int number):
+        cdef const Kernel *kernel = self.kernel_f64 if number == cnp.NPY_DOUBLE else self.kernel_f32
+        cdef char *data[MAX_OPERANDS + 1]
+        cdef npy_intp sizes[2]
+        cdef npy_intp steps[4 * MAX_OPERANDS]
+        cdef Result result
+        cdef double number_operand = 1
+        cdef int i, axis, n_steps = kernel.n_operands
+        cdef cnp.ndarray x = <cnp.ndarray> operands[0]
+        cdef object temperature
+        sizes[0], sizes[1] = 1, cnp.PyArray_DIM(x, 0)
+        for i in range(kernel.n_operands):
+            steps[i] = 0
+        for i in range(self.n_arrays):
+            x = <cnp.ndarray> operands[i]
+            data[i] = cnp.PyArray_BYTES(x)
+            for axis in range(self.core_axes[i]):
+                if cnp.PyArray_DIM(x, axis) != sizes[1]:
+                    return None
+                steps[n_steps] = cnp.PyArray_STRIDE(x, axis)
+                n_steps += 1
+        if kernel.n_operands - 1 > self.n_arrays:
+            temperature = operands[self.n_arrays]
+            if type(temperature) is not float:
+                return self.of_batch(operands)
+            number_operand = temperature
+            data[self.n_arrays] = <char *> &number_operand
+        data[kernel.n_operands - 1] = <char *> &result
+        gufunc_loop(data, sizes, steps, kernel)
+        cdef double value = result.of_double if number == cnp.NPY_DOUBLE else result.of_float
+        if value != value:  # NumPy reports bad values
+            return None if self.explains_nan else self.of_batch(operands)
+        return PyArray_Scalar(&result, cnp.PyArray_DESCR(x), None)
+
+
+cdef object make_plain(object gufunc, str signature, const Kernel *kernel_f32,
+                       const Kernel *kernel_f64, bint explains_nan=False):
+    """`signature` as that of the gufunc, with one letter an axis."""
+    cdef Plain plain = Plain.__new__(Plain)
+    cdef int i
+    cores = [core.count(",") + 1 for core in signature.split("->")[0][1:-1].split("),(") if core]
+    plain.gufunc, plain.kernel_f32, plain.kernel_f64 = gufunc, kernel_f32, kernel_f64
+    plain.n_arrays, plain.explains_nan = len(cores), explains_nan
+    for i in range(plain.n_arrays):
+        plain.core_axes[i] = cores[i]
+    return plain
