@@ -571,11 +571,17 @@ cdef inline void store_tril_p(const Panels *a, const Work *w, const Gradient *g,
         line_write(row, g.data + item * g.outer + i * g.row, g.column, scale, i + 1, w.n, type_tag)
 
 
+cdef inline double *own_line(const Work *w, const Watch *watch) noexcept nogil:
+    """This thread's, among those that share a matrix."""
+    cdef npy_intp thread = omp_get_thread_num() if watch.threads > 1 else 0
+    return w.line + thread * (COLUMNS + 1) * w.stride
+
+
 cdef inline void store_tril_q_rows(const Panels *a, const Work *w, const Gradient *g,
                                    npy_intp item, npy_intp begin, double scale, Watch *watch,
                                    real type_tag) noexcept nogil:
     """Rows begin .. begin + COLUMNS - 1."""
-    cdef double *line = w.line + omp_get_thread_num() * (COLUMNS + 1) * w.stride
+    cdef double *line = own_line(w, watch)
     cdef double *row
     cdef npy_intp i
     if is_stopped(a, watch):
@@ -601,7 +607,7 @@ cdef inline void store_tril_q(const Panels *a, const Work *w, const Gradient *g,
 cdef inline void bracket_rows(const Panels *a, const Work *w, npy_intp begin, bint of_p,
                               Watch *watch) noexcept nogil:
     """Rows begin .. begin + COLUMNS - 1 of `bracket`, up to the diagonal."""
-    cdef double *line = w.line + omp_get_thread_num() * (COLUMNS + 1) * w.stride
+    cdef double *line = own_line(w, watch)
     cdef double *row
     cdef npy_intp i
     if is_stopped(a, watch):
