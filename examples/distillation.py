@@ -67,7 +67,8 @@ def main(directory="."):
     axes.bar(list(right), [overall for _, overall in right.values()], label="all digits")
     axes.bar(list(right), [unseen for unseen, _ in right.values()], width=0.5, label="3, unseen")
     axes.set(ylabel="accuracy of the student")
-    axes.legend(loc="lower right")
+    axes.set_ylim(0, 1.2)
+    axes.legend(loc="upper left", ncols=2)
     figure.savefig(Path(directory) / "distillation.png")
     plt.close(figure)
     for name, (unseen, overall) in right.items():
