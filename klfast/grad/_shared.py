@@ -116,7 +116,11 @@ def gradients(
     batch = np.broadcast_shapes(*batches, *map(np.shape, extra))
     dtype = np.dtype(np.float64 if operands[0].dtype == np.float64 else np.float32)
     results = check_out(out, [(argument, shapes[argument]) for argument in wrt], dtype)
-    inputs = [*operands, *map(np.asarray, extra), np.asarray(check_cotangent(cotangent, batch) / unit)]
+    inputs = [
+        *operands,
+        *map(np.asarray, extra),
+        np.asarray(check_cotangent(cotangent, batch) / unit),
+    ]
     if out is not None:  # rows are read again after their gradients were begun
         inputs = [
             x.copy() if any(np.may_share_memory(x, y) for y in results) else x for x in inputs
