@@ -14,7 +14,7 @@ from klfast.torch import elbo, kl_to_standard_normal
 from sklearn.datasets import load_digits
 from torch import nn
 
-LATENT, EPOCHS, WARM_UP = 8, 40, 10
+LATENT, EPOCHS, WARM_UP = 8, 25, 5
 
 
 class VAE(nn.Module):
