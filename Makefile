@@ -13,12 +13,12 @@ test: ## run the tests against the installed package
 	pytest
 
 lint: ## look for mistakes and deviations of form (needs ruff)
-	ruff check klfast tests benchmarks tools
-	ruff format --check klfast tests benchmarks tools
+	ruff check klfast tests benchmarks tools examples
+	ruff format --check klfast tests benchmarks tools examples
 
 format: ## put the form right (needs ruff)
-	ruff check --fix klfast tests benchmarks tools
-	ruff format klfast tests benchmarks tools
+	ruff check --fix klfast tests benchmarks tools examples
+	ruff format klfast tests benchmarks tools examples
 
 types: ## check the annotations (needs mypy)
 	mypy

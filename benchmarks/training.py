@@ -187,7 +187,7 @@ def exact(work: Training) -> list[Any]:
 
 
 def compare(work: Training, seconds: float, threads: int = 1) -> dict[str, tuple[float, float]]:
-    """Give the median time of each side, and how many times klfast's it is; the calls take turns."""
+    """Give the median time of each side, and how many times klfast's it is. Calls take turns."""
     contestants = {}
     for side, (library, _) in SIDES[work.loss].items():
         if library.installed:

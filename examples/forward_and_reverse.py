@@ -52,8 +52,8 @@ def main(directory="."):
     for i, q in enumerate(reverse):
         label = "reverse KL(Q‖P): mode-seeking" if i == 0 else None
         axes.plot(X, Normal(*q).log_prob(X).exp(), "--", color="C1", label=label)
-    axes.set(xlim=(-7, 8), xlabel="x", ylabel="density")
-    axes.legend()
+    axes.set(xlim=(-7, 8), ylim=(0, 0.95), xlabel="x", ylabel="density")
+    axes.legend(loc="upper left")
     figure.savefig(Path(directory) / "forward_and_reverse.png")
     plt.close(figure)
 

@@ -14,7 +14,7 @@ from klfast.torch import policy_kl
 from torch import nn
 from torch.distributions import Categorical
 
-DELTA, STEPS, BATCH, HORIZON = 0.02, 40, 128, 40
+DELTA, STEPS, BATCH, HORIZON = 0.02, 30, 64, 40
 FORCES = torch.tensor([-1.0, 0.0, 1.0])
 
 

@@ -14,7 +14,7 @@ from klfast.torch import elbo, kl_to_standard_normal
 from sklearn.datasets import load_digits
 from torch import nn
 
-LATENT, EPOCHS, WARM_UP = 8, 40, 10
+LATENT, EPOCHS, WARM_UP = 8, 25, 5
 
 
 class VAE(nn.Module):
@@ -58,7 +58,8 @@ def draw(model, history, path):
     left.set(xlabel="epoch", ylabel="nats per image")
     left.legend()
     samples = torch.sigmoid(model.decoder(torch.randn(36, LATENT))).detach()
-    tiles = samples.view(6, 6, 8, 8).transpose(1, 2).reshape(48, 48).numpy()
+    framed = nn.functional.pad(samples.view(6, 6, 8, 8), (1, 1, 1, 1))
+    tiles = framed.transpose(1, 2).reshape(60, 60).numpy()
     right.imshow(tiles, cmap="gray_r")
     right.set(title="drawn from the prior", xticks=[], yticks=[])
     figure.savefig(path)

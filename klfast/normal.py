@@ -115,6 +115,9 @@ def kl_normal(
             raise ValueError("keepdims=True needs an axis to keep, got axis=()")
         arrays = {name: x[..., np.newaxis] for name, x in arrays.items()}
         axis = -1
+    elif loc_q is None and axis == -1:
+        for name in ("loc_q", f"{kind_q}_q"):
+            arrays[name] = _in_a_row(arrays[name])
     return reduce(f"normal_{kind_p}_{kind_q}", arrays, axis=axis, keepdims=keepdims, out=out)
 
 
@@ -123,6 +126,14 @@ def kind_of(side: str, scale: Any, var: Any, logvar: Any) -> tuple[str, Any]:
     if var is None and logvar is None and scale is not None:
         return "scale", scale
     return only_one(side, scale=scale, var=var, logvar=logvar)
+
+
+def _in_a_row(constant: Any) -> Any:
+    """The same with its elements side by side along the last axis, where kernels load vectors."""
+    if type(constant) is not np.ndarray or constant.size == 0:
+        return constant
+    row = np.full(constant.shape[-1:], constant.flat[0], constant.dtype)
+    return np.broadcast_to(row, constant.shape)
 
 
 def _broadcast(arrays: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,10 @@ def test_example(path, tmp_path, monkeypatch, capsys):
         if f"import {module}" in text or f"from {module}" in text:
             pytest.importorskip(module)
     monkeypatch.setenv("MPLBACKEND", "Agg")
+    if "torch" in text:  # small tensors: a second thread would only get in the way
+        import torch
+
+        torch.set_num_threads(1)
     spec = importlib.util.spec_from_file_location(f"example_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -62,11 +62,12 @@ def call_plainly(
 ) -> tuple[Any, ...] | None:
     """The gufunc's results where operands of one dtype and shape can go to it as they are; None
     where something needs a look. `wanted` as in `_kernels.gradients`."""
-    if not _kernels.are_plain(*operands):
+    first = operands[0]
+    if type(first) is not np.ndarray or first.ndim == 0 or first.dtype.char not in "fd":
         return None
-    shape = operands[0].shape
+    shape, dtype = first.shape, first.dtype
     for x in operands:
-        if x.shape != shape:
+        if type(x) is not np.ndarray or x.shape != shape or x.dtype != dtype:
             return None
     if cotangent is None:
         cotangent = ONE
