@@ -18,11 +18,11 @@ from registry import IDS
 
 REGISTER = {"baseline": 16, "avx2": 32, "avx512": 64}  # bytes
 TERMS = 12  # arithmetic instructions of a loop that computes terms, at least
-PACKED_LOOPS = {"s": 15, "d": 20}  # at least so many of each real type
+PACKED_LOOPS = {"s": 25, "d": 80}  # at least so many of each real type
 # At most so many loops one element at a time: rows of bad or extreme values, operands that lie
 # apart, and normals whose sides give different things for the variance.
-SCALAR_LOOPS = {"s": 10, "d": 13}
-SCALAR_TIME = 0.6  # of a call; short rows have much to do once a row
+SCALAR_LOOPS = {"s": 5, "d": 9}
+SCALAR_TIME = 0.55  # of a call; mixed normals on baseline: 0.46, all others up to 0.11
 
 levels = pytest.mark.parametrize("level", REGISTER)
 
@@ -86,6 +86,7 @@ CASES = [
     ("categorical-masked", "float32", ROWS),
     ("discrete", "float16", ROWS),
     ("categorical", "float16", ROWS),
+    ("normal-var-logvar", "float64", ROWS),
     *[("mvn", dtype, shape) for dtype in ("float32", "float64") for shape in (SHORT, MATRICES)],
 ]
 
@@ -107,20 +108,23 @@ def share_of_scalar_loops(id, dtype, shape):
 
 
 def sample():
-    """Print the result of every case (called in a subprocess)."""
+    """Print the result of every case, or why there is none (called in a subprocess, which forks)."""
+    reason = machine_code.why_no_execution()
     machine_code.pin()
     klfast.set_num_threads(1)
-    print(json.dumps([share_of_scalar_loops(*case) for case in CASES]))
+    print(json.dumps(reason or [share_of_scalar_loops(*case) for case in CASES]))
 
 
 @levels
 def test_time_is_spent_in_packed_loops(level):
-    reason = machine_code.why_no_disassembly() or machine_code.why_no_execution()
+    reason = machine_code.why_no_disassembly()
     if reason:
         pytest.skip(reason)
     if level not in klfast.config.describe()["isa_available"]:
         pytest.skip(f"this machine has no {level}")
     found = json.loads(fresh.run("import test_packed; test_packed.sample()", KLFAST_ISA=level))
+    if isinstance(found, str):
+        pytest.skip(found)
     shares = dict(zip(CASES, found, strict=True))
     scalar = {case: share for case, share in shares.items() if share > SCALAR_TIME}
     assert not scalar, f"shares of the time spent in loops of scalar arithmetic: {scalar}"
