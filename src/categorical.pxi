@@ -2,8 +2,8 @@
 
 With P = softmax(a/T), Q = softmax(b/T), any c and y = (c - (a - b))/T:
     KL = E_P[phi(y)] - (u - log1p(u)),   u = E_P[expm1(y)],   phi(y) = e^y - 1 - y >= 0,
-and for c = E_P[a - b], found first, nothing cancels at any distance of P and Q. Errors of c enter in
-second order only. One exponential of a, one phi.
+and for c = E_P[a - b], found first, nothing cancels at any distance of P and Q. Errors of c enter
+in second order only. One exponential of a, one phi.
 
 An exponent that is rounded to half an ulp costs e^x a relative error of |x| eps/2. Loops from the
 plainest, the first that is good enough for a block:
@@ -18,7 +18,8 @@ from gufunc cimport Watch, is_unwanted
 from libc.math cimport exp as libm_exp, log
 from numpy cimport npy_intp
 from sums cimport (
-    BLOCK, LANES, STRIP, LaneParts, LaneSums, Row, Slope, Sums, Trait, across, add, add_lanes, clear, clear_lanes, copy,
+    BLOCK, LANES, STRIP, LaneParts, LaneSums, Row, Slope, Sums, Trait, across, add, add_lanes,
+    clear, clear_lanes, copy,
     divergence_of, element, fill, fold, largest, least, round_off, run_length, two_sum,
 )
 from vecmath cimport (
@@ -38,7 +39,7 @@ cdef inline double safe_exponent(real of_type) noexcept nogil:
 
 
 cdef inline double offset_limit(real of_type) noexcept nogil:
-    """|a| below this: e^a e^y and their sums stay finite without a peak, for |y| < FARTHEST_PLAIN."""
+    """|a| below this: e^a e^y and their sums stay finite without a peak, |y| < FARTHEST_PLAIN."""
     return 50 if real is float else 600
 
 cdef enum:
@@ -130,8 +131,9 @@ cdef inline real weight_of(int loop, real a, const real *constants, int lane) no
     return clamped_exp(x, rest)
 
 
-cdef inline void weigh(int loop, const real *a, const real *b, npy_intp step_a, npy_intp step_b, int n,
-                       int first, const real *constants, real *weights, real *found) noexcept nogil:
+cdef inline void weigh(int loop, const real *a, const real *b, npy_intp step_a, npy_intp step_b,
+                       int n, int first, const real *constants, real *weights,
+                       real *found) noexcept nogil:
     """The weights of n terms of each lane, 0 for those before `first`; adds to what was `found`."""
     cdef int lane, i
     cdef real w, low, high, inf = <real> INFINITY, nan = <real> NAN
@@ -177,7 +179,7 @@ cdef inline void find_nothing(real *found) noexcept nogil:
 
 cdef inline real far_term(real a, real b, real p, const real *constants, int lane, real *y,
                           real *infinite) noexcept nogil:
-    """p phi(y) for any logits: -inf is weight 0, in both it is a mask, and +inf or NaN end up in y."""
+    """p phi(y) for any logits: -inf is weight 0, in both it is a mask; +inf or NaN end up in y."""
     cdef real beta = constants[BETA + lane], beta_rest = constants[BETA_REST + lane]
     cdef real peak = constants[PEAK + lane], shift = constants[SHIFT + lane]
     cdef real masked = -<real> INFINITY
@@ -217,7 +219,8 @@ cdef inline void diverge_run(int loop, const real *a, const real *b, npy_intp st
                                 &unbounded[lane])
                 term = term if lane >= first else <real> 0
             elif loop == Loop.EXACT:
-                y = gap(a[i * step_a + lane], b[i * step_b + lane], constants[SHIFT + lane], &y_rest)
+                y = gap(
+                    a[i * step_a + lane], b[i * step_b + lane], constants[SHIFT + lane], &y_rest)
                 y = product(y, y_rest, constants[BETA + lane], constants[BETA_REST + lane], &y_rest)
                 term = p * phi(y, y_rest)
             else:
@@ -286,8 +289,9 @@ cdef inline double farthest_from(double shift, double lowest, double highest,
     return larger(shift - lowest, highest - shift) * beta
 
 
-cdef void weigh_loop(int loop, const real *a, const real *b, npy_intp step_a, npy_intp step_b, int n,
-                     int first, const real *constants, real *weights, real *found) noexcept nogil:
+cdef void weigh_loop(int loop, const real *a, const real *b, npy_intp step_a, npy_intp step_b,
+                     int n, int first, const real *constants, real *weights,
+                     real *found) noexcept nogil:
     if loop <= Loop.PLAIN:
         weigh(Loop.PLAIN, a, b, step_a, step_b, n, first, constants, weights, found)
     elif loop == Loop.EXACT:
@@ -296,8 +300,8 @@ cdef void weigh_loop(int loop, const real *a, const real *b, npy_intp step_a, np
         weigh(Loop.FAR, a, b, step_a, step_b, n, first, constants, weights, found)
 
 
-cdef void diverge_loop(int loop, const real *a, const real *b, npy_intp step_a, npy_intp step_b, int n,
-                       int first, const real *weights, const real *constants, real *infinite,
+cdef void diverge_loop(int loop, const real *a, const real *b, npy_intp step_a, npy_intp step_b,
+                       int n, int first, const real *weights, const real *constants, real *infinite,
                        LaneSums *into) noexcept nogil:
     if loop == Loop.NEAR:
         diverge(Loop.NEAR, a, b, step_a, step_b, n, 0, weights, constants, infinite, into)
@@ -321,8 +325,8 @@ cdef void range_of(const real *a, int n, double *lowest, double *highest) noexce
 
 
 cdef void categorical_block(const real **x, int n, double beta, Sums *into) noexcept nogil:
-    """The sums of n elements, LANES or more once padded, relative to a shift and a peak of their own;
-    the last lanes overlap what was added before and do not count."""
+    """The sums of n elements, LANES or more once padded, relative to a shift and a peak of their
+    own; the last lanes overlap what was added before and do not count."""
     cdef real weights[BLOCK + 2 * LANES]
     cdef real constants[CONSTANTS]
     cdef real found[FOUND]
@@ -342,7 +346,8 @@ cdef void categorical_block(const real **x, int n, double beta, Sums *into) noex
     weigh_loop(loop, x[0], x[1], LANES, LANES, steps, 0, constants, weights, found)
     if rest:
         weigh_loop(loop, a, b, LANES, LANES, 1, first, constants, last, found)
-    weight, lowest, highest = across(&found[WEIGHT]), least(&found[LOWEST]), largest(&found[HIGHEST])
+    weight = across(&found[WEIGHT])
+    lowest, highest = least(&found[LOWEST]), largest(&found[HIGHEST])
     if weight == 0:
         range_of(x[1], n, &lowest, &highest_b)
     into.shift = choose_shift(
@@ -361,7 +366,7 @@ cdef void categorical_block(const real **x, int n, double beta, Sums *into) noex
 
 cdef int weigh_columns(const real **x, const npy_intp *step, int n, int *loops, real *constants,
                         real *weights, LaneParts *into) noexcept nogil:
-    """The first phase of LANES rows, and the shifts that it gives. Returns the loop for all of them."""
+    """The first phase of LANES rows, and the shifts that it gives. Returns the loop for them."""
     cdef real found[FOUND]
     cdef real low[LANES]
     cdef real high[LANES]
@@ -454,7 +459,8 @@ cdef inline double peak_of(const Row *row, Watch *watch, int operand) noexcept n
     return peak
 
 
-cdef inline double log_sum_exp(const Row *row, Watch *watch, int operand, double peak) noexcept nogil:
+cdef inline double log_sum_exp(const Row *row, Watch *watch, int operand,
+                               double peak) noexcept nogil:
     """log of the sum of exp((x - peak)/T)."""
     cdef double x, result = 0, rest = 0
     cdef npy_intp i
@@ -495,11 +501,12 @@ cdef int categorical_traits(const double **x, int n) noexcept nogil:
 
 
 cdef inline double categorical_hard_value(const Row *row, Watch *watch) noexcept nogil:
-    """Where no shift of a block came near: the formula at the head with the exact shift, one element
-    at a time."""
+    """Where no shift of a block came near: the formula at the head with the exact shift, one
+    element at a time."""
     cdef double beta = row.inverse_temperature, a, b, p, q, y, drift
     cdef double peak_a = peak_of(row, watch, 0), peak_b = peak_of(row, watch, 1)
-    cdef double lse_a = log_sum_exp(row, watch, 0, peak_a), lse_b = log_sum_exp(row, watch, 1, peak_b)
+    cdef double lse_a = log_sum_exp(row, watch, 0, peak_a)
+    cdef double lse_b = log_sum_exp(row, watch, 1, peak_b)
     cdef double shift = (peak_a - peak_b) + (lse_a - lse_b) / beta
     cdef npy_intp i
     cdef Sums sums
@@ -544,7 +551,8 @@ cdef inline real exact_gap(real a, real b, real shift, real shift_rest, real *re
 
 cdef inline void categorical_slope_run(int loop, int wanted, const real *a, const real *b,
                                        npy_intp step_a, npy_intp step_b, int n,
-                                       const real *constants, real *to_a, real *to_b) noexcept nogil:
+                                       const real *constants, real *to_a,
+                                       real *to_b) noexcept nogil:
     """The gradients of n elements of each lane, LANES apart."""
     cdef int lane, i
     cdef real x, z, shift, y_rest, masked = -<real> INFINITY, safe = <real> safe_exponent(masked)
@@ -561,7 +569,8 @@ cdef inline void categorical_slope_run(int loop, int wanted, const real *a, cons
                 p[lane] = p[lane] if x != masked else <real> 0
                 x = x if x != masked else constants[PEAK + lane]
                 z = z if z != masked else x - constants[SHIFT + lane]
-            y[lane] = exact_gap(x, z, constants[SHIFT + lane], constants[SHIFT_REST + lane], &y_rest)
+            y[lane] = exact_gap(
+                x, z, constants[SHIFT + lane], constants[SHIFT_REST + lane], &y_rest)
             if loop >= Loop.EXACT:
                 y[lane] = product(
                     y[lane], y_rest, constants[BETA + lane], constants[BETA_REST + lane], &y_rest)
@@ -654,8 +663,8 @@ cdef inline void slope_constants(const Slope *slopes, int each, real *constants)
         constants[VALUE + lane] = <real> slope.value
 
 
-cdef void categorical_slope_loop(int loop, int wanted, const real *a, const real *b, npy_intp step_a,
-                                 npy_intp step_b, int n, const real *constants, real *to_a,
+cdef void categorical_slope_loop(int loop, int wanted, const real *a, const real *b,
+                                 npy_intp step_a, npy_intp step_b, int n, const real *constants, real *to_a,
                                  real *to_b) noexcept nogil:
     if loop == Loop.PLAIN:
         categorical_slope_run(
@@ -704,7 +713,8 @@ cdef inline void categorical_slope(const Row *row, const Sums *sums, Slope *slop
 cdef inline void categorical_hard_slope(const Row *row, Watch *watch, Slope *slope) noexcept nogil:
     """Of a row that the fast formulas do not vouch for, or whose value is infinite."""
     cdef double peak_a = peak_of(row, watch, 0), peak_b = peak_of(row, watch, 1)
-    cdef double lse_a = log_sum_exp(row, watch, 0, peak_a), lse_b = log_sum_exp(row, watch, 1, peak_b)
+    cdef double lse_a = log_sum_exp(row, watch, 0, peak_a)
+    cdef double lse_b = log_sum_exp(row, watch, 1, peak_b)
     slope.peak, slope.weight, slope.shift_rest = peak_a, libm_exp(lse_a), 0
     slope.shift = two_sum(peak_a, -peak_b, &slope.shift_rest)
     slope.shift = two_sum(slope.shift, (lse_a - lse_b) / slope.beta, &slope.shift_rest)

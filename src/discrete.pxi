@@ -17,9 +17,9 @@ from gufunc cimport Watch, is_unwanted
 from libc.math cimport fabs, frexp, ldexp, log, log1p
 from numpy cimport npy_intp
 from sums cimport (
-    LANES, Format, LaneParts, LaneSums, Row, Slope, Sums, Trait, across, add, add_lanes, add_lanes_exactly, clear,
-    clear_lanes, copy, divergence_of, element, fill, fold, keep_from, largest, least, run_length,
-    round_off, two_sum,
+    LANES, Format, LaneParts, LaneSums, Row, Slope, Sums, Trait, across, add, add_lanes,
+    add_lanes_exactly, clear, clear_lanes, copy, divergence_of, element, fill, fold, keep_from,
+    largest, least, run_length, round_off, two_sum,
 )
 from vecmath cimport (
     INFINITY, LN2, NAN, atanh_tail, larger, match_exponent, ratio_exponent, ratio_log, real,
@@ -45,11 +45,12 @@ cdef inline real largest_weight(real of_type) noexcept nogil:
 
 cdef inline void discrete_run(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
                               int first, bint scaled, const real *ratios,
-                              const real *floors, real *lowest_so_far, LaneSums *into) noexcept nogil:
+                              const real *floors, real *lowest_so_far,
+                              LaneSums *into) noexcept nogil:
     """Add n terms of each of the lanes first..LANES-1. `scaled`: the ratio is not 1. `lowest` falls
     below 0 where a weight is out of range."""
     cdef int lane, i
-    cdef real x, y, x_normal, e_ln2, z, difference, s
+    cdef real x, y, x_normal, e_ln2, z, difference, s, margin
     cdef real weight[LANES]
     cdef real divergence[LANES]
     cdef real excess[LANES]
@@ -79,7 +80,8 @@ cdef inline void discrete_run(const real *p, const real *q, npy_intp step_p, npy
             weight[lane] += x
             divergence[lane] += x * (e_ln2 + atanh_tail(s)) + (difference * s + (y - z))
             excess[lane] += (y - z) - difference if scaled else y - x
-            lowest[lane] = smaller(lowest[lane], smaller(x, y) - (floor[lane] if x > 0 else <real> 0))
+            margin = smaller(x, y) - (floor[lane] if x > 0 else <real> 0)
+            lowest[lane] = smaller(lowest[lane], margin)
     copy(lowest, lowest_so_far)
     keep_from(first, weight)
     keep_from(first, divergence)
@@ -141,8 +143,8 @@ cdef inline void plain_run(const real *p, const real *q, npy_intp step_p, npy_in
         into.drift[lane] = two_sum(into.drift[lane], -divergence[lane], &into.rest[lane])
 
 
-cdef inline void discrete_runs(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
-                               int first, bint scaled, bint normalize, const real *ratio,
+cdef inline void discrete_runs(const real *p, const real *q, npy_intp step_p, npy_intp step_q,
+                               int n, int first, bint scaled, bint normalize, const real *ratio,
                                const real *floor, real *lowest, LaneSums *into) noexcept nogil:
     cdef int length
     while n > 0:
@@ -155,8 +157,8 @@ cdef inline void discrete_runs(const real *p, const real *q, npy_intp step_p, np
 
 
 cdef void discrete_loop(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
-                        int first, bint scaled, bint normalize, const real *ratio, const real *floor,
-                        real *lowest, LaneSums *into) noexcept nogil:
+                        int first, bint scaled, bint normalize, const real *ratio,
+                        const real *floor, real *lowest, LaneSums *into) noexcept nogil:
     if not normalize:
         discrete_runs(
             p, q, step_p, step_q, n, first, False, False, ratio, floor, lowest, into)
@@ -172,8 +174,8 @@ cdef inline bint out_of_range(double lowest, double weight, real of_type) noexce
 
 cdef void discrete_block(const real **x, int n, bint normalize, double ratio,
                          Sums *into) noexcept nogil:
-    """The sums of n elements, LANES or more once padded; the last lanes overlap what was added before
-    and do not count."""
+    """The sums of n elements, LANES or more once padded; the last lanes overlap what was added
+    before and do not count."""
     cdef LaneSums lanes
     cdef real ratios[LANES]
     cdef real floor[LANES]

@@ -16,7 +16,8 @@ ctypedef struct Target:
     npy_intp step[MAX_OPERANDS]      # bytes from one element to the next
 
 
-cdef inline void store_all(int format, const real *x, int n, char *to, npy_intp step) noexcept nogil:
+cdef inline void store_all(int format, const real *x, int n, char *to,
+                           npy_intp step) noexcept nogil:
     cdef int i
     if format == Format.FLOAT64:
         for i in range(n):
@@ -181,7 +182,8 @@ cdef inline int gradients_of_rows(const Batch *batch, npy_intp first, npy_intp l
         for operand in range(row.n_operands):
             if kernel.wanted >> operand & 1:
                 out += 1
-                target.to[operand] = batch.operands[result + out] + index * batch.outer[result + out]
+                target.to[operand] = (
+                    batch.operands[result + out] + index * batch.outer[result + out])
                 target.step[operand] = batch.inner[row.n_operands + out - 1]
         row_gradient(&row, &slope, &target, watch, &status, of_type)
         store(batch.operands[result] + index * batch.outer[result], row.format, slope.value)

@@ -110,7 +110,8 @@ cdef object row_gufunc(str name, str signature, Family family, tuple formats, bi
         kernel.options = [form, normalize, spread_p, spread_q]
     gufunc = make_gufunc(name, signature, first_loop, first_type, inputs + len(extra))
     if formats is FORMATS:
-        plain[name] = make_plain(gufunc, signature, &kernels[first_loop + 1], &kernels[first_loop + 2])
+        plain[name] = make_plain(
+            gufunc, signature, &kernels[first_loop + 1], &kernels[first_loop + 2])
     return gufunc
 
 
@@ -238,7 +239,7 @@ include "xla.pxi"
 
 
 def set_threads(*, default=None, everybody=None, here=None):
-    """Thread counts: the default, what code asked for, and for the calling thread alone (0: none)."""
+    """Thread counts: the default, what code asked for, for the calling thread alone (0: none)."""
     global threads_default, threads_asked, threads_here
     if default is not None:
         threads_default = default

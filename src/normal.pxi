@@ -15,11 +15,13 @@ from gufunc cimport Watch, is_unwanted
 from libc.math cimport exp as libm_exp, expm1 as libm_expm1, fabs, log
 from numpy cimport npy_intp
 from sums cimport (
-    LANES, LaneParts, LaneSums, Row, Slope, Sums, Trait, across, add, clear_lanes, copy, element, fold, keep_from,
+    LANES, LaneParts, LaneSums, Row, Slope, Sums, Trait, across, add, clear_lanes, copy, element,
+    fold, keep_from,
     run_length,
 )
 from vecmath cimport (
-    INFINITY, NAN, atanh_tail, exp, exp_pair_f64, expm1, larger, match_exponent, phi, ratio_log, ratio_power,
+    INFINITY, NAN, atanh_tail, exp, exp_pair_f64, expm1, larger, match_exponent, phi, ratio_log,
+    ratio_power,
     real, residual_product, smaller,
 )
 
@@ -140,8 +142,8 @@ cdef void normal_loop(const real **x, const npy_intp *step, int n, int first, co
 
 
 cdef void normal_block(const real **x, int n, const Row *row, Sums *into) noexcept nogil:
-    """Add n elements, LANES or more once padded; the last lanes overlap what was added before and do
-    not count."""
+    """Add n elements, LANES or more once padded; the last lanes overlap what was added before and
+    do not count."""
     cdef LaneSums lanes
     cdef real doubts[LANES]
     cdef const real *last[4]
@@ -298,8 +300,8 @@ cdef inline void normal_slope_run(int spread_p, int spread_q, int wanted, const 
         if wanted & 10:
             for lane in range(LANES):
                 excess[lane] = excess_ratio(
-                    spread_of_p[i * LANES + lane], spread_of_q[i * LANES + lane], spread_p, spread_q,
-                    inverse[lane])
+                    spread_of_p[i * LANES + lane], spread_of_q[i * LANES + lane], spread_p,
+                    spread_q, inverse[lane])
             if wanted & 2:
                 for lane in range(LANES):
                     s_p = spread_of_p[i * LANES + lane]
@@ -398,7 +400,8 @@ cdef void normal_hard_slopes(const Row *row, Watch *watch, double cotangent, int
     for i in range(row.length):
         if is_unwanted(watch, i):
             return
-        m, s_p, s_q = element(row, 0, i) - element(row, 2, i), element(row, 1, i), element(row, 3, i)
+        m = element(row, 0, i) - element(row, 2, i)
+        s_p, s_q = element(row, 1, i), element(row, 3, i)
         mean = hard_through_loc(m, s_q, row.spread_q)
         if is_point(s_q, row.spread_q):
             excess = INFINITY

@@ -14,7 +14,7 @@ cdef union Result:
 
 cdef class Plain:
     """A gufunc for such arrays. Called, it gives the result, or None where the long way is needed:
-    for other arrays, for those that do not fit together, and for results that want an explanation."""
+    for other arrays, for those that do not fit together, for results that want an explanation."""
     cdef object gufunc
     cdef const Kernel *kernel_f32
     cdef const Kernel *kernel_f64

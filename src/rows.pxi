@@ -12,11 +12,12 @@ then in double, then by the family's `hard_value`.
 from numpy cimport npy_intp
 from gufunc cimport INVALID, Batch, Kernel, Plan, Watch, look_for_signals, parallel_for
 from sums cimport (
-    BLOCK, LANES, MAX_OPERANDS, NARROW_STRIP, SHORT_ROW, STRIP, Family, Format, LaneParts, LaneSums, Row,
+    BLOCK, LANES, MAX_OPERANDS, NARROW_STRIP, SHORT_ROW, STRIP, Family, Format, LaneParts, Row,
     Sums, Trait, add, clear, clear_lanes, conditioning, divergence_of, least, round_off,
 )
 from vecmath cimport (
-    INFINITY, NAN, exp, floats_from_bfloat16, floats_from_float16, from_bfloat16, from_float16, phi, real,
+    INFINITY, NAN, exp, floats_from_bfloat16, floats_from_float16, from_bfloat16, from_float16, phi,
+    real,
 )
 
 cdef extern from "transpose.h" nogil:
@@ -129,8 +130,8 @@ cdef void add_part(Sums *into, const Sums *part, double beta) noexcept nogil:
 
 
 cdef void combine(const Sums *parts, npy_intp n, double beta, Sums *whole) noexcept nogil:
-    """The sums of a whole from those of its parts, relative to the mean of their shifts: by the chain
-    rule of divergences, nothing cancels."""
+    """The sums of a whole from those of its parts, relative to the mean of their shifts: by the
+    chain rule of divergences, nothing cancels."""
     cdef double weight = 0, mean = 0, share
     cdef npy_intp i
     clear(whole)
@@ -248,7 +249,7 @@ cdef void sum_row(const Row *row, double ratio, Watch *watch, Sums *sums,
 
 cdef inline double finish(const Row *row, double *value, double weight, double divergence,
                           double drift, double direct) noexcept nogil:
-    """The value that the sums stand for; returns its conditioning, not negative where it is good."""
+    """The value that the sums stand for; returns its conditioning, negative where it is bad."""
     cdef double total = weight + divergence + drift
     cdef double finite = 1 if total - total == 0 else -1
     if row.family == Family.NORMAL:

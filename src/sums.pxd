@@ -1,7 +1,7 @@
 """What every family of sums over a row has in common.
 
-With q' = q e^shift for any shift near log(sum of p / sum of q), and y = log(q'/p), each divergence is
-made of three sums:
+With q' = q e^shift for any shift near log(sum of p / sum of q), and y = log(q'/p), each divergence
+is made of three sums:
     weight W = sum p,   divergence D = sum p phi(y) = sum p log(p/q') - p + q',   drift Y = sum p y,
     KL = log1p(u) - Y/W = D/W - (u - log1p(u)),   u = (D + Y)/W = (sum q' - sum p)/W.
 Every term of D is non-negative and the correction is of second order, so nothing cancels when P is
@@ -45,7 +45,7 @@ ctypedef struct Sums:
     double direct
     double rest[4]              # what the rounding of each of these left out
     double shift                # categorical: what they are relative to, in units of the logits
-    double peak                 # categorical: weight, divergence and drift are multiples of e^(peak/T)
+    double peak                 # categorical: the other sums are multiples of e^(peak/T)
     bint doubtful               # a value outside the fast formula's range
 
 ctypedef struct LaneParts:      # of LANES rows: a part of each
@@ -159,7 +159,7 @@ cdef inline void add_lanes_exactly(Sums *into, const LaneSums *lanes) noexcept n
 
 
 cdef inline int run_length(int n, real of_type) noexcept nogil:
-    """Of n terms that are left. A long run of equal terms rounds the same way: 32 in float, 1.2e-6."""
+    """Of n terms that are left. A long run of equal terms rounds one way: 32 in float, 1.2e-6."""
     cdef int length = RUN if real is float else LONG_RUN
     return n if n <= length + length / 2 else length
 
