@@ -108,7 +108,7 @@ def share_of_scalar_loops(id, dtype, shape):
 
 
 def sample():
-    """Print the result of every case, or why there is none (called in a subprocess, which forks)."""
+    """Print the result of every case, or why there is none (called in a process of its own)."""
     reason = machine_code.why_no_execution()
     machine_code.pin()
     klfast.set_num_threads(1)
