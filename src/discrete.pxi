@@ -17,7 +17,7 @@ from gufunc cimport Watch, is_unwanted
 from libc.math cimport fabs, frexp, ldexp, log, log1p
 from numpy cimport npy_intp
 from sums cimport (
-    LANES, Format, LaneParts, LaneSums, Row, Slope, Sums, Trait, across, add, add_lanes,
+    LANES, Format, LaneParts, LaneSums, Row, Slope, Sums, Trait, add, add_lanes,
     add_lanes_exactly, clear, clear_lanes, copy, divergence_of, element, fill, fold, keep_from,
     largest, least, run_length, round_off, two_sum,
 )

@@ -15,7 +15,7 @@ from gufunc cimport Watch, is_unwanted
 from libc.math cimport exp as libm_exp, expm1 as libm_expm1, fabs, log
 from numpy cimport npy_intp
 from sums cimport (
-    LANES, LaneParts, LaneSums, Row, Slope, Sums, Trait, across, add, clear_lanes, copy, element,
+    LANES, LaneParts, LaneSums, Row, Sums, Trait, across, add, clear_lanes, copy, element,
     fold, keep_from,
     run_length,
 )
