@@ -18,9 +18,14 @@ def environment(**variables):
     return kept | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | variables
 
 
+# A job in the background of a script inherits an ignored SIGINT, and Python keeps it ignored.
+CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
+
 def command(code, *arguments):
     """Give the command that runs `code`; warnings are errors, the source folder is not imported."""
-    return [sys.executable, "-P", "-W", "error", "-c", textwrap.dedent(code), *map(str, arguments)]
+    code = CTRL_C + textwrap.dedent(code)
+    return [sys.executable, "-P", "-W", "error", "-c", code, *map(str, arguments)]
 
 
 def attempt(code, *arguments, timeout=120, **variables):

@@ -681,6 +681,7 @@ def test_ctrl_c(files, tmp_path: Path) -> None:
     code = (
         "import os, signal, klfast\n"
         "from klfast.cli import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "klfast.kl_discrete = lambda *a, **k: os.kill(os.getpid(), signal.SIGINT)\n"
         "main()"
     )

@@ -316,11 +316,12 @@ def test_ctrl_c_answers_within_one_matrix(threads, kind, size):
 NO_MEMORY = (
     TRIANGLE
     + """
-    import resource, threading
+    import pathlib, resource, threading
 
-    limit = 1 << 30
     eye, loc = identity(20_000), np.zeros(20_000)
     klfast.kl_mvn(loc[:300], eye[:300, :300])  # whatever is allocated once
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + (1 << 30)  # a third of what one call asks for
     _, most = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (limit, most))
 
