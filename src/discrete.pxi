@@ -22,8 +22,8 @@ from sums cimport (
     largest, least, run_length, round_off, two_sum,
 )
 from vecmath cimport (
-    INFINITY, LN2, NAN, atanh_tail, larger, match_exponent, ratio_exponent, ratio_log, real,
-    residual_product, smaller,
+    INFINITY, LN2, NAN, at_least, atanh_tail, larger, match_exponent, ratio_exponent, ratio_log, real,
+    residual_product, smaller, smaller_weight,
 )
 
 
@@ -44,24 +44,20 @@ cdef inline real largest_weight(real of_type) noexcept nogil:
 
 
 cdef inline void discrete_run(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
-                              int first, bint scaled, const real *ratios,
-                              const real *floors, real *lowest_so_far,
+                              int first, bint scaled, const real *ratios, real *lowest_so_far,
                               LaneSums *into) noexcept nogil:
-    """Add n terms of each of the lanes first..LANES-1. `scaled`: the ratio is not 1. `lowest` falls
-    below 0 where a weight is out of range."""
+    """Add n terms of each of the lanes first..LANES-1, the excess q' - p in the place of the drift.
+    `scaled`: the ratio is not 1. `lowest`: the smallest weight where p > 0."""
     cdef int lane, i
-    cdef real x, y, x_normal, e_ln2, z, difference, s, margin
+    cdef real x, y, x_normal, e_ln2, z, difference, s
+    cdef real floor = smallest_weight(scaled, <real> 0)
     cdef real weight[LANES]
     cdef real divergence[LANES]
     cdef real excess[LANES]
     cdef real ratio[LANES]
-    cdef real floor[LANES]
     cdef real lowest[LANES]
     if scaled:
         copy(ratios, ratio)
-        copy(floors, floor)
-    else:
-        fill(floor, smallest_weight(False, <real> 0))
     copy(lowest_so_far, lowest)
     for lane in range(LANES):
         weight[lane] = divergence[lane] = excess[lane] = 0
@@ -70,7 +66,7 @@ cdef inline void discrete_run(const real *p, const real *q, npy_intp step_p, npy
             x, y = p[i * step_p + lane], q[i * step_q + lane]
             if scaled:
                 y *= ratio[lane]
-            x_normal = larger(x, floor[lane])
+            x_normal = at_least(floor, x)
             e_ln2, z = ratio_log(x_normal, y), match_exponent(x_normal, y)
             difference = x - z
             if scaled:  # p - r q in one rounding where it matters, at e = 0
@@ -80,39 +76,36 @@ cdef inline void discrete_run(const real *p, const real *q, npy_intp step_p, npy
             weight[lane] += x
             divergence[lane] += x * (e_ln2 + atanh_tail(s)) + (difference * s + (y - z))
             excess[lane] += (y - z) - difference if scaled else y - x
-            margin = smaller(x, y) - (floor[lane] if x > 0 else <real> 0)
-            lowest[lane] = smaller(lowest[lane], margin)
+            lowest[lane] = smaller(smaller_weight(x, y), lowest[lane])
     copy(lowest, lowest_so_far)
     keep_from(first, weight)
     keep_from(first, divergence)
     keep_from(first, excess)
     fold(weight, into.weight)
     fold(divergence, into.divergence)
-    for lane in range(LANES):
-        into.drift[lane] += <double> excess[lane] - <double> divergence[lane]
+    fold(excess, into.drift)
 
 
 cdef inline void plain_run(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
                            int first, real *lowest_so_far, LaneSums *into) noexcept nogil:
-    """As discrete_run, for the sum as it stands: the excess counts in first order and is summed in
+    """As discrete_run, for the sum as it stands: `lowest` is 0 where p is too large; the excess counts in first order and is summed in
     two parts, and the weight is the sum of |p log(p/q)|."""
     cdef int lane, i
-    cdef real x, y, x_normal, e_ln2, z, difference, s, tail, margin, term, before, added
+    cdef real x, y, x_normal, e_ln2, z, difference, s, tail, term, before, added
+    cdef real floor = smallest_weight(False, <real> 0)
     cdef real weight[LANES]
     cdef real divergence[LANES]
     cdef real direct[LANES]
     cdef real excess[LANES]
     cdef real excess_rest[LANES]
-    cdef real floor[LANES]
     cdef real lowest[LANES]
-    fill(floor, smallest_weight(False, <real> 0))
     copy(lowest_so_far, lowest)
     for lane in range(LANES):
         weight[lane] = divergence[lane] = direct[lane] = excess[lane] = excess_rest[lane] = 0
     for i in range(n):
         for lane in range(LANES):
             x, y = p[i * step_p + lane], q[i * step_q + lane]
-            x_normal = larger(x, floor[lane])
+            x_normal = at_least(floor, x)
             e_ln2, z = ratio_log(x_normal, y), match_exponent(x_normal, y)
             difference = x - z
             s = difference / (x + z)
@@ -126,8 +119,8 @@ cdef inline void plain_run(const real *p, const real *q, npy_intp step_p, npy_in
             excess[lane] = before + term
             added = excess[lane] - before
             excess_rest[lane] += (before - (excess[lane] - added)) + (term - added)
-            margin = smaller(x, y) - (floor[lane] if x > 0 else <real> 0)
-            lowest[lane] = smaller(lowest[lane], margin if x < largest_weight(x) else -1)
+            lowest[lane] = smaller(smaller_weight(x, y), lowest[lane])
+            lowest[lane] = lowest[lane] if x < largest_weight(x) else <real> 0
     copy(lowest, lowest_so_far)
     keep_from(first, weight)
     keep_from(first, divergence)
@@ -145,31 +138,37 @@ cdef inline void plain_run(const real *p, const real *q, npy_intp step_p, npy_in
 
 cdef inline void discrete_runs(const real *p, const real *q, npy_intp step_p, npy_intp step_q,
                                int n, int first, bint scaled, bint normalize, const real *ratio,
-                               const real *floor, real *lowest, LaneSums *into) noexcept nogil:
+                               real *lowest, LaneSums *into) noexcept nogil:
     cdef int length
     while n > 0:
         length = run_length(n, <real> 0)
         if normalize:
-            discrete_run(p, q, step_p, step_q, length, first, scaled, ratio, floor, lowest, into)
+            discrete_run(p, q, step_p, step_q, length, first, scaled, ratio, lowest, into)
         else:
             plain_run(p, q, step_p, step_q, length, first, lowest, into)
         p, q, n = p + length * step_p, q + length * step_q, n - length
 
 
 cdef void discrete_loop(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
-                        int first, bint scaled, bint normalize, const real *ratio,
-                        const real *floor, real *lowest, LaneSums *into) noexcept nogil:
+                        int first, bint scaled, bint normalize, const real *ratio, real *lowest,
+                        LaneSums *into) noexcept nogil:
     if not normalize:
-        discrete_runs(
-            p, q, step_p, step_q, n, first, False, False, ratio, floor, lowest, into)
+        discrete_runs(p, q, step_p, step_q, n, first, False, False, ratio, lowest, into)
     elif scaled:
-        discrete_runs(p, q, step_p, step_q, n, first, True, True, ratio, floor, lowest, into)
+        discrete_runs(p, q, step_p, step_q, n, first, True, True, ratio, lowest, into)
     else:
-        discrete_runs(p, q, step_p, step_q, n, first, False, True, ratio, floor, lowest, into)
+        discrete_runs(p, q, step_p, step_q, n, first, False, True, ratio, lowest, into)
 
 
-cdef inline bint out_of_range(double lowest, double weight, real of_type) noexcept nogil:
-    return (lowest < 0) | (weight >= largest_weight(of_type))
+cdef inline void drift_from_excess(LaneSums *sums) noexcept nogil:
+    cdef int lane
+    for lane in range(LANES):
+        sums.drift[lane] -= sums.divergence[lane]
+
+
+cdef inline bint out_of_range(double lowest, bint scaled, double weight,
+                              real of_type) noexcept nogil:
+    return (lowest < smallest_weight(scaled, of_type)) | (weight >= largest_weight(of_type))
 
 
 cdef void discrete_block(const real **x, int n, bint normalize, double ratio,
@@ -178,42 +177,41 @@ cdef void discrete_block(const real **x, int n, bint normalize, double ratio,
     before and do not count."""
     cdef LaneSums lanes
     cdef real ratios[LANES]
-    cdef real floor[LANES]
     cdef real lowest[LANES]
-    cdef int lane, rest = n % LANES
+    cdef int rest = n % LANES
+    cdef npy_intp last = n - LANES
     cdef bint scaled = normalize and ratio != 1
     clear_lanes(&lanes)
-    for lane in range(LANES):
-        ratios[lane], floor[lane] = <real> ratio, smallest_weight(scaled, <real> 0)
-        lowest[lane] = 0
-    discrete_loop(x[0], x[1], LANES, LANES, n // LANES, 0, scaled, normalize, ratios, floor, lowest,
-                  &lanes)
+    fill(ratios, <real> ratio)
+    fill(lowest, <real> INFINITY)
+    discrete_loop(
+        x[0], x[1], LANES, LANES, n // LANES, 0, scaled, normalize, ratios, lowest, &lanes)
     if rest:
-        discrete_loop(x[0] + n - LANES, x[1] + n - LANES, LANES, LANES, 1, LANES - rest, scaled,
-                      normalize, ratios, floor, lowest, &lanes)
+        discrete_loop(x[0] + last, x[1] + last, LANES, LANES, 1, LANES - rest, scaled, normalize,
+                      ratios, lowest, &lanes)
     if normalize:
+        drift_from_excess(&lanes)
         add_lanes(into, &lanes)
     else:
         add_lanes_exactly(into, &lanes)
-    into.doubtful |= out_of_range(least(lowest), into.weight, <real> 0)
+    into.doubtful |= out_of_range(least(lowest), scaled, into.weight, <real> 0)
 
 
 cdef void discrete_columns(const real **x, const npy_intp *step, int n, bint normalize,
                            LaneParts *into) noexcept nogil:
     """The sums of n elements of each of LANES rows; elements lie `step` apart."""
     cdef real ratios[LANES]
-    cdef real floor[LANES]
     cdef real lowest[LANES]
     cdef int lane
     for lane in range(LANES):
-        ratios[lane], floor[lane] = <real> into.ratio[lane], smallest_weight(True, <real> 0)
-        lowest[lane] = 0
-    discrete_loop(x[0], x[1], step[0], step[1], n, 0, into.scaled, normalize, ratios, floor, lowest,
+        ratios[lane], lowest[lane] = <real> into.ratio[lane], <real> INFINITY
+    discrete_loop(x[0], x[1], step[0], step[1], n, 0, into.scaled, normalize, ratios, lowest,
                   &into.sums)
+    if normalize:
+        drift_from_excess(&into.sums)
     for lane in range(LANES):
-        into.doubtful[lane] = 1 if lowest[lane] < 0 else into.doubtful[lane]
-        into.doubtful[lane] = (1 if into.sums.weight[lane] >= largest_weight(<real> 0)
-                               else into.doubtful[lane])
+        into.doubtful[lane] = 1 if out_of_range(
+            lowest[lane], into.scaled, into.sums.weight[lane], <real> 0) else into.doubtful[lane]
 
 
 cdef inline double usable(double ratio) noexcept nogil:

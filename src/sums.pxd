@@ -16,10 +16,10 @@ from vecmath cimport (
 )
 
 cdef enum:
-    LANES = 16         # rows or elements that are computed side by side
+    LANES = 8          # rows or elements that are computed side by side
     BLOCK = 1024       # elements of one row that are summed together
-    HALF = 8           # LANES / 2
-    QUARTER = 4
+    HALF = LANES / 2
+    QUARTER = LANES / 4
     STRIP = 256        # elements of each of LANES rows that are summed together,
     NARROW_STRIP = 64  # and that are gathered at a time
     RUN = 8            # terms a lane sums in float before double takes over
@@ -118,10 +118,10 @@ cdef inline void round_off(Sums *sums) noexcept nogil:
 
 cdef inline double across(const real *lanes) noexcept nogil:
     """The sum of all lanes, in a tree that vectors can follow."""
-    cdef real part[QUARTER]
+    cdef real part[HALF]
     cdef int i
-    for i in range(QUARTER):
-        part[i] = (lanes[i] + lanes[i + HALF]) + (lanes[i + QUARTER] + lanes[i + HALF + QUARTER])
+    for i in range(HALF):
+        part[i] = lanes[i] + lanes[i + HALF]
     return (part[0] + part[2]) + (part[1] + part[3])
 
 
@@ -131,8 +131,6 @@ cdef inline double least(const real *lanes) noexcept nogil:
     cdef int i
     for i in range(HALF):
         part[i] = smaller(lanes[i], lanes[i + HALF])
-    for i in range(QUARTER):
-        part[i] = smaller(part[i], part[i + QUARTER])
     return smaller(smaller(part[0], part[1]), smaller(part[2], part[3]))
 
 
@@ -236,7 +234,7 @@ cdef enum Format:
     BFLOAT16
 
 cdef enum:
-    SHORT_ROW = 2 * LANES      # below: side by side
+    SHORT_ROW = 32      # below: side by side
 
 ctypedef struct Row:
     int family

@@ -24,6 +24,10 @@ cdef extern from "vecmath.h" nogil:
     double ratio_log_f64(double x, double y)
     float match_exponent_f32(float x, float y)
     double match_exponent_f64(double x, double y)
+    float at_least_f32(float low, float x)
+    double at_least_f64(double low, double x)
+    float smaller_weight_f32(float x, float y)
+    double smaller_weight_f64(double x, double y)
     float atanh_tail_f32(float s)
     double atanh_tail_f64(double s)
     float residual_product_f32(float a, float b, float c)
@@ -91,6 +95,20 @@ cdef inline real match_exponent(real x, real y) noexcept nogil:
         return match_exponent_f32(x, y)
     else:
         return match_exponent_f64(x, y)
+
+
+cdef inline real at_least(real low, real x) noexcept nogil:
+    if real is float:
+        return at_least_f32(low, x)
+    else:
+        return at_least_f64(low, x)
+
+
+cdef inline real smaller_weight(real x, real y) noexcept nogil:
+    if real is float:
+        return smaller_weight_f32(x, y)
+    else:
+        return smaller_weight_f64(x, y)
 
 
 cdef inline real atanh_tail(real s) noexcept nogil:
