@@ -5,22 +5,28 @@ With P = softmax(a/T), Q = softmax(b/T), any c and y = (c - (a - b))/T:
 and for c = E_P[a - b], found first, nothing cancels at any distance of P and Q. Errors of c enter
 in second order only. One exponential of a, one phi.
 
+Where P and Q are far apart nothing cancels either in
+    KL = E_P[a - b] + log(sum e^b) - log(sum e^a),   T = 1,
+whose sums are taken beside those that give c; their errors, 3e-7 + 4e-7 E_P|a - b| in float32, are
+small beside it.
+
 An exponent that is rounded to half an ulp costs e^x a relative error of |x| eps/2. Loops from the
 plainest, the first that is good enough for a block:
-    near    T = 1, |a| < 50, |y| < 0.34: phi is its series;
-    plain   T = 1, |a| < 50, |y| < 16: exponents are exact, or small;
+    near    T = 1, |a| < 40, |y| < 0.34: phi is its series;
+    plain   T = 1, |a| < 40, |y| < 16: exponents are exact, or small;
     exact   exponents in two parts, of any temperature and offset, while e^x and e^y are normal;
     far     infinite or far apart: the same terms as e^(b+c) - e^a - e^a y.
-e^a has the same bits in each.
+e^a has the same bits in each. Near and plain, y = c - (a - b) is right to eps (|c| + |y|): it needs
+no second part while |c| is not much larger than y is on average.
 """
 
 from gufunc cimport Watch, is_unwanted
-from libc.math cimport exp as libm_exp, log
+from libc.math cimport exp as libm_exp, expm1 as libm_expm1, log, sqrt
 from numpy cimport npy_intp
 from sums cimport (
     BLOCK, LANES, STRIP, LaneParts, LaneSums, Row, Slope, Sums, Trait, across, add, add_lanes,
     clear, clear_lanes, copy,
-    divergence_of, element, fill, fold, largest, least, round_off, run_length, two_sum,
+    divergence_of, element, fill, fold, keep_from, largest, least, round_off, run_length, two_sum,
 )
 from vecmath cimport (
     INFINITY, NAN, exp, expm1, larger, phi, phi_near, real, residual_product, smaller,
@@ -39,16 +45,24 @@ cdef inline double safe_exponent(real of_type) noexcept nogil:
 
 
 cdef inline double offset_limit(real of_type) noexcept nogil:
-    """|a| below this: e^a e^y and their sums stay finite without a peak, |y| < FARTHEST_PLAIN."""
-    return 50 if real is float else 600
+    """|a| below this: e^a e^y and their sums stay finite without a peak, |y| < FARTHEST_PLAIN; and
+    e^b is normal while |a - b| is below this too."""
+    return 40 if real is float else 300
 
 cdef enum:
     FARTHEST_PLAIN = 16
 
 
+cdef enum:
+    WIDE = 4 * LANES     # elements a step
+
+
 cdef inline double farthest_near() noexcept nogil:
     return 0.34
 
+
+cdef enum:
+    MOST_OFFSET = 16     # c^2, in units of the variance of y, that leaves y right to 8 eps of it
 
 cdef enum:               # constants of LANES rows, or LANES times those of one
     PEAK = 0             # what logits_p are taken relative to
@@ -112,12 +126,11 @@ cdef inline void ranges(const real *a, npy_intp step, int n, real *lowest,
 
 # First phase: weights e^((a - peak)/T), their sum, and where a - b lies.
 
-cdef enum:
-    WEIGHT = 0
-    MOMENT = LANES        # sum of weight (a - b)
-    LOWEST = 2 * LANES    # a - b
-    HIGHEST = 3 * LANES
-    FOUND = 4 * LANES
+ctypedef struct Weighed:      # of LANES rows, or of every LANESth element of one: sums of
+    double weight[LANES]      # e^((a - peak)/T)
+    double moment[LANES]      # weight (a - b)
+    double square[LANES]      # weight (a - b)^2
+    double other[LANES]       # e^b, where it is asked for
 
 
 cdef inline real weight_of(int loop, real a, const real *constants, int lane) noexcept nogil:
@@ -131,21 +144,24 @@ cdef inline real weight_of(int loop, real a, const real *constants, int lane) no
     return clamped_exp(x, rest)
 
 
-cdef inline void weigh(int loop, const real *a, const real *b, npy_intp step_a, npy_intp step_b,
-                       int n, int first, const real *constants, real *weights,
-                       real *found) noexcept nogil:
-    """The weights of n terms of each lane, 0 for those before `first`; adds to what was `found`."""
+cdef inline void weigh_run(int loop, bint both, const real *a, const real *b, npy_intp step_a,
+                           npy_intp step_b, int n, int first, const real *constants, real *weights,
+                           real *lowest_so_far, real *highest_so_far, Weighed *into) noexcept nogil:
+    """The weights of n terms of each lane, 0 for those before `first`, their sums, and where a - b
+    lies. `both`: e^b too."""
     cdef int lane, i
-    cdef real w, low, high, inf = <real> INFINITY, nan = <real> NAN
+    cdef real w, low, high, part, inf = <real> INFINITY, nan = <real> NAN
     cdef real weight[LANES]
     cdef real total[LANES]
     cdef real moment[LANES]
+    cdef real square[LANES]
+    cdef real other[LANES]
     cdef real lowest[LANES]
     cdef real highest[LANES]
-    copy(&found[WEIGHT], total)
-    copy(&found[MOMENT], moment)
-    copy(&found[LOWEST], lowest)
-    copy(&found[HIGHEST], highest)
+    copy(lowest_so_far, lowest)
+    copy(highest_so_far, highest)
+    for lane in range(LANES):
+        total[lane] = moment[lane] = square[lane] = other[lane] = 0
     for i in range(n):
         for lane in range(LANES):
             weight[lane] = weight_of(loop, a[i * step_a + lane], constants, lane)
@@ -159,20 +175,40 @@ cdef inline void weigh(int loop, const real *a, const real *b, npy_intp step_a, 
                 low, high = w if w == w else inf, w if w == w else -inf
                 w = w if w == w else <real> 0
             total[lane] += weight[lane]
-            moment[lane] += weight[lane] * w
+            part = weight[lane] * w
+            moment[lane] += part
+            square[lane] += part * w
+            if both:
+                other[lane] += exp(b[i * step_b + lane], <real> 0)
             lowest[lane], highest[lane] = smaller(low, lowest[lane]), larger(high, highest[lane])
         copy(weight, weights + i * LANES)
-    copy(total, &found[WEIGHT])
-    copy(moment, &found[MOMENT])
-    copy(lowest, &found[LOWEST])
-    copy(highest, &found[HIGHEST])
+    copy(lowest, lowest_so_far)
+    copy(highest, highest_so_far)
+    fold(total, into.weight)
+    fold(moment, into.moment)
+    fold(square, into.square)
+    if both:
+        keep_from(first, other)
+        fold(other, into.other)
 
 
-cdef inline void find_nothing(real *found) noexcept nogil:
+cdef inline void weigh(int loop, bint both, const real *a, const real *b, npy_intp step_a,
+                       npy_intp step_b, int n, int first, const real *constants, real *weights,
+                       real *lowest, real *highest, Weighed *into) noexcept nogil:
+    cdef int length
+    while n > 0:
+        length = run_length(n, <real> 0)
+        weigh_run(loop, both, a, b, step_a, step_b, length, first, constants, weights, lowest,
+                  highest, into)
+        a, b, n = a + length * step_a, b + length * step_b, n - length
+        weights += length * LANES
+
+
+cdef inline void weigh_nothing(real *lowest, real *highest, Weighed *into) noexcept nogil:
     cdef int lane
     for lane in range(LANES):
-        found[WEIGHT + lane] = found[MOMENT + lane] = 0
-        found[LOWEST + lane], found[HIGHEST + lane] = <real> INFINITY, -<real> INFINITY
+        into.weight[lane] = into.moment[lane] = into.square[lane] = into.other[lane] = 0
+        lowest[lane], highest[lane] = <real> INFINITY, -<real> INFINITY
 
 
 # Second phase: the terms, relative to the shift.
@@ -198,52 +234,51 @@ cdef inline real far_term(real a, real b, real p, const real *constants, int lan
     return term if p > 0 else q
 
 
-cdef inline void diverge_run(int loop, const real *a, const real *b, npy_intp step_a,
+cdef inline void diverge_run(int loop, bint offset, const real *a, const real *b, npy_intp step_a,
                              npy_intp step_b, int n, int first, const real *weights,
                              const real *constants, real *infinite, LaneSums *into) noexcept nogil:
-    """Add n terms of each lane; weights before `first` are 0."""
+    """Add n terms of each lane; weights before `first` are 0, and were summed before. `offset`: y
+    needs a second part."""
     cdef int lane, i
-    cdef real w, w_rest, y, y_rest, p, term
-    cdef real weight[LANES]
+    cdef real w, w_rest, x, z, y, y_rest, p, term
     cdef real divergence[LANES]
     cdef real drift[LANES]
     cdef real unbounded[LANES]
     copy(infinite, unbounded)
     for lane in range(LANES):
-        weight[lane] = divergence[lane] = drift[lane] = 0
+        divergence[lane] = drift[lane] = 0
     for i in range(n):
         for lane in range(LANES):
-            p = weights[i * LANES + lane]
+            p, x, z = weights[i * LANES + lane], a[i * step_a + lane], b[i * step_b + lane]
             if loop == Loop.FAR:
-                term = far_term(a[i * step_a + lane], b[i * step_b + lane], p, constants, lane, &y,
-                                &unbounded[lane])
+                term = far_term(x, z, p, constants, lane, &y, &unbounded[lane])
                 term = term if lane >= first else <real> 0
             elif loop == Loop.EXACT:
-                y = gap(
-                    a[i * step_a + lane], b[i * step_b + lane], constants[SHIFT + lane], &y_rest)
+                y = gap(x, z, constants[SHIFT + lane], &y_rest)
                 y = product(y, y_rest, constants[BETA + lane], constants[BETA_REST + lane], &y_rest)
                 term = p * phi(y, y_rest)
             else:
-                w = difference(a[i * step_a + lane], b[i * step_b + lane], &w_rest)
-                y = (constants[SHIFT + lane] - w) - w_rest
+                if offset:
+                    w = difference(x, z, &w_rest)
+                    y = (constants[SHIFT + lane] - w) - w_rest
+                else:
+                    y = constants[SHIFT + lane] - (x - z)
                 term = p * (phi_near(y) if loop == Loop.NEAR else phi(y, <real> 0))
-            weight[lane] += p
             divergence[lane] += term
             drift[lane] += p * y
     copy(unbounded, infinite)
-    fold(weight, into.weight)
     fold(divergence, into.divergence)
     fold(drift, into.drift)
 
 
-cdef inline void diverge(int loop, const real *a, const real *b, npy_intp step_a, npy_intp step_b,
-                         int n, int first, const real *weights, const real *constants,
-                         real *infinite, LaneSums *into) noexcept nogil:
+cdef inline void diverge(int loop, bint offset, const real *a, const real *b, npy_intp step_a,
+                         npy_intp step_b, int n, int first, const real *weights,
+                         const real *constants, real *infinite, LaneSums *into) noexcept nogil:
     cdef int length
     while n > 0:
         length = run_length(n, <real> 0)
         diverge_run(
-            loop, a, b, step_a, step_b, length, first, weights, constants, infinite, into)
+            loop, offset, a, b, step_a, step_b, length, first, weights, constants, infinite, into)
         a, b, n = a + length * step_a, b + length * step_b, n - length
         weights += length * LANES
 
@@ -275,6 +310,11 @@ cdef inline int second_loop(int first, double farthest, real of_type) noexcept n
     return Loop.EXACT if first <= Loop.EXACT and farthest < safe_exponent(of_type) else Loop.FAR
 
 
+cdef inline bint is_offset(double shift, double weight, double square) noexcept nogil:
+    """Whether y = c - (a - b) needs a second part; NaN do."""
+    return not (MOST_OFFSET + 1) * shift * shift <= MOST_OFFSET * (square / weight)
+
+
 cdef inline double choose_shift(double weight, double moment, double lowest, double highest,
                                 double highest_b, real of_type) noexcept nogil:
     """E_P[a - b], exact where a - b is constant; what keeps e^(b + c) in range where P is all 0."""
@@ -289,34 +329,66 @@ cdef inline double farthest_from(double shift, double lowest, double highest,
     return larger(shift - lowest, highest - shift) * beta
 
 
-cdef void weigh_loop(int loop, const real *a, const real *b, npy_intp step_a, npy_intp step_b,
-                     int n, int first, const real *constants, real *weights,
-                     real *found) noexcept nogil:
-    if loop <= Loop.PLAIN:
-        weigh(Loop.PLAIN, a, b, step_a, step_b, n, first, constants, weights, found)
+cdef void weigh_loop(int loop, bint both, const real *a, const real *b, npy_intp step_a,
+                     npy_intp step_b, int n, int first, const real *constants, real *weights,
+                     real *lowest, real *highest, Weighed *into) noexcept nogil:
+    if loop <= Loop.PLAIN and both:
+        weigh(Loop.PLAIN, True, a, b, step_a, step_b, n, first, constants, weights, lowest, highest,
+              into)
+    elif loop <= Loop.PLAIN:
+        weigh(Loop.PLAIN, False, a, b, step_a, step_b, n, first, constants, weights, lowest,
+              highest, into)
     elif loop == Loop.EXACT:
-        weigh(Loop.EXACT, a, b, step_a, step_b, n, first, constants, weights, found)
+        weigh(Loop.EXACT, False, a, b, step_a, step_b, n, first, constants, weights, lowest,
+              highest, into)
     else:
-        weigh(Loop.FAR, a, b, step_a, step_b, n, first, constants, weights, found)
+        weigh(Loop.FAR, False, a, b, step_a, step_b, n, first, constants, weights, lowest, highest,
+              into)
 
 
-cdef void diverge_loop(int loop, const real *a, const real *b, npy_intp step_a, npy_intp step_b,
-                       int n, int first, const real *weights, const real *constants, real *infinite,
-                       LaneSums *into) noexcept nogil:
-    if loop == Loop.NEAR:
-        diverge(Loop.NEAR, a, b, step_a, step_b, n, 0, weights, constants, infinite, into)
+cdef void diverge_loop(int loop, bint offset, const real *a, const real *b, npy_intp step_a,
+                       npy_intp step_b, int n, int first, const real *weights,
+                       const real *constants, real *infinite, LaneSums *into) noexcept nogil:
+    if loop == Loop.NEAR and offset:
+        diverge(Loop.NEAR, True, a, b, step_a, step_b, n, 0, weights, constants, infinite, into)
+    elif loop == Loop.NEAR:
+        diverge(Loop.NEAR, False, a, b, step_a, step_b, n, 0, weights, constants, infinite, into)
+    elif loop == Loop.PLAIN and offset:
+        diverge(Loop.PLAIN, True, a, b, step_a, step_b, n, 0, weights, constants, infinite, into)
     elif loop == Loop.PLAIN:
-        diverge(Loop.PLAIN, a, b, step_a, step_b, n, 0, weights, constants, infinite, into)
+        diverge(Loop.PLAIN, False, a, b, step_a, step_b, n, 0, weights, constants, infinite, into)
     elif loop == Loop.EXACT:
-        diverge(Loop.EXACT, a, b, step_a, step_b, n, 0, weights, constants, infinite, into)
+        diverge(Loop.EXACT, True, a, b, step_a, step_b, n, 0, weights, constants, infinite, into)
     else:
-        diverge(Loop.FAR, a, b, step_a, step_b, n, first, weights, constants, infinite, into)
+        diverge(Loop.FAR, True, a, b, step_a, step_b, n, first, weights, constants, infinite, into)
+
+
+cdef inline void widest_range(const real *a, int n, double *lowest, double *highest) noexcept nogil:
+    """Smallest and largest of n elements, WIDE or more: a few vectors a step."""
+    cdef int lane, step, at
+    cdef real x
+    cdef real low[WIDE]
+    cdef real high[WIDE]
+    for lane in range(WIDE):
+        low[lane], high[lane] = <real> INFINITY, -<real> INFINITY
+    for step in range((n + WIDE - 1) // WIDE):
+        at = min(step * WIDE, n - WIDE)
+        for lane in range(WIDE):
+            x = a[at + lane]
+            low[lane], high[lane] = smaller(x, low[lane]), larger(x, high[lane])
+    lowest[0], highest[0] = least(low), largest(high)
+    for step in range(1, WIDE / LANES):
+        lowest[0] = smaller(least(low + step * LANES), lowest[0])
+        highest[0] = larger(largest(high + step * LANES), highest[0])
 
 
 cdef void range_of(const real *a, int n, double *lowest, double *highest) noexcept nogil:
     """Smallest and largest of n elements, LANES or more once padded."""
     cdef real low[LANES]
     cdef real high[LANES]
+    if n >= WIDE:
+        widest_range(a, n, lowest, highest)
+        return
     ranges(a + n % LANES - (LANES if n < LANES else 0), LANES, max(n // LANES, 1), low, high)
     lowest[0], highest[0] = least(low), largest(high)
     if n > LANES:
@@ -324,53 +396,100 @@ cdef void range_of(const real *a, int n, double *lowest, double *highest) noexce
         lowest[0], highest[0] = smaller(least(low), lowest[0]), larger(largest(high), highest[0])
 
 
+cdef inline bint finish_by_logs(double weight, double moment, double square, double other,
+                                double farthest, Sums *into,
+                                real of_type) noexcept nogil:
+    """The sums of a block from E_P[a - b] and the sums of e^a and e^b; False where P and Q are too
+    close to each other."""
+    cdef double change
+    if not (farthest < offset_limit(of_type) and weight > 0):
+        return False
+    into.shift = moment / weight
+    change = into.shift + log(other / weight)
+    if not change > 0.5 + 0.66 * sqrt(square / weight):
+        return False
+    into.weight, into.divergence, into.drift = weight, weight * libm_expm1(change), 0
+    return True
+
+
+cdef inline bint finish_block_by_logs(const Weighed *sums, double lowest, double highest,
+                                      Sums *into, real of_type) noexcept nogil:
+    return finish_by_logs(
+        across(sums.weight), across(sums.moment), across(sums.square), across(sums.other),
+        larger(highest, -lowest), into, of_type)
+
+
+cdef inline bint weigh_block(int loop, const real **x, int n, const real *constants, real *weights,
+                             real *low, real *high, Weighed *sums, Sums *into) noexcept nogil:
+    """The weights of a block and their sums; True if these are all it needs. A first part shows
+    whether P and Q may be that far apart."""
+    cdef int steps = n // LANES, begin = 0, first = (LANES - n % LANES) % LANES
+    cdef npy_intp last = n - LANES
+    cdef bint both = loop == Loop.PLAIN
+    cdef Sums part
+    weigh_nothing(low, high, sums)
+    if both:
+        begin = min(steps, 16)
+        weigh_loop(
+            loop, True, x[0], x[1], LANES, LANES, begin, 0, constants, weights, low, high, sums)
+        both = finish_block_by_logs(sums, least(low), largest(high), &part, <real> 0)
+    weigh_loop(
+        loop, both, x[0] + begin * LANES, x[1] + begin * LANES, LANES, LANES, steps - begin, 0,
+        constants, weights + begin * LANES, low, high, sums)
+    if first:
+        weigh_loop(loop, both, x[0] + last, x[1] + last, LANES, LANES, 1, first, constants,
+                   weights + steps * LANES, low, high, sums)
+    return both and finish_block_by_logs(sums, least(low), largest(high), into, <real> 0)
+
+
 cdef void categorical_block(const real **x, int n, double beta, Sums *into) noexcept nogil:
     """The sums of n elements, LANES or more once padded, relative to a shift and a peak of their
     own; the last lanes overlap what was added before and do not count."""
     cdef real weights[BLOCK + 2 * LANES]
     cdef real constants[CONSTANTS]
-    cdef real found[FOUND]
+    cdef real low[LANES]
+    cdef real high[LANES]
     cdef real infinite[LANES]
     cdef LaneSums lanes
-    cdef int loop, steps = n // LANES, rest = n % LANES, first = (LANES - n % LANES) % LANES
-    cdef const real *a = x[0] + n - LANES
-    cdef const real *b = x[1] + n - LANES
-    cdef real *last = weights + steps * LANES
-    cdef double lowest, highest, highest_b = 0, weight
+    cdef Weighed sums
+    cdef int loop, steps = n // LANES, first = (LANES - n % LANES) % LANES
+    cdef npy_intp last = n - LANES
+    cdef double lowest, highest, highest_b = 0, weight, square
+    cdef bint offset
     range_of(x[0], n, &lowest, &highest)
     loop = first_loop(lowest, highest, beta, &into.peak, <real> 0)
     fill(&constants[PEAK], <real> into.peak)
     fill(&constants[BETA], <real> beta)
     fill(&constants[BETA_REST], <real> (beta - <real> beta))
-    find_nothing(found)
-    weigh_loop(loop, x[0], x[1], LANES, LANES, steps, 0, constants, weights, found)
-    if rest:
-        weigh_loop(loop, a, b, LANES, LANES, 1, first, constants, last, found)
-    weight = across(&found[WEIGHT])
-    lowest, highest = least(&found[LOWEST]), largest(&found[HIGHEST])
+    if weigh_block(loop, x, n, constants, weights, low, high, &sums, into):
+        return
+    weight, square, lowest, highest = (
+        across(sums.weight), across(sums.square), least(low), largest(high))
     if weight == 0:
         range_of(x[1], n, &lowest, &highest_b)
-    into.shift = choose_shift(
-        weight, across(&found[MOMENT]), lowest, highest, highest_b, <real> 0)
+    into.shift = choose_shift(weight, across(sums.moment), lowest, highest, highest_b, <real> 0)
     fill(&constants[SHIFT], <real> into.shift)
     loop = second_loop(loop, farthest_from(into.shift, lowest, highest, beta), <real> 0)
+    offset = is_offset(into.shift, weight, square)
     fill(infinite, <real> 0)
     clear_lanes(&lanes)
     diverge_loop(
-        loop, x[0], x[1], LANES, LANES, steps, 0, weights, constants, infinite, &lanes)
-    if rest:
-        diverge_loop(loop, a, b, LANES, LANES, 1, first, last, constants, infinite, &lanes)
+        loop, offset, x[0], x[1], LANES, LANES, steps, 0, weights, constants, infinite, &lanes)
+    if first:
+        diverge_loop(loop, offset, x[0] + last, x[1] + last, LANES, LANES, 1, first,
+                     weights + steps * LANES, constants, infinite, &lanes)
+    copy(sums.weight, lanes.weight)
     add_lanes(into, &lanes)
     into.doubtful |= loop == Loop.FAR and largest(infinite) > 0
 
 
 cdef int weigh_columns(const real **x, const npy_intp *step, int n, int *loops, real *constants,
-                        real *weights, LaneParts *into) noexcept nogil:
+                       real *weights, LaneParts *into) noexcept nogil:
     """The first phase of LANES rows, and the shifts that it gives. Returns the loop for them."""
-    cdef real found[FOUND]
     cdef real low[LANES]
     cdef real high[LANES]
     cdef real high_b[LANES]
+    cdef Weighed sums
     cdef int lane, widest = Loop.PLAIN
     fill(high_b, <real> 0)
     ranges(x[0], step[0], n, low, high)
@@ -386,17 +505,18 @@ cdef int weigh_columns(const real **x, const npy_intp *step, int n, int *loops, 
         constants[PEAK + lane] = <real> into.peak[lane]
         constants[BETA + lane] = <real> into.beta[lane]
         constants[BETA_REST + lane] = <real> (into.beta[lane] - <real> into.beta[lane])
-    find_nothing(found)
-    weigh_loop(widest, x[0], x[1], step[0], step[1], n, 0, constants, weights, found)
     if widest == Loop.FAR:
         ranges(x[1], step[1], n, low, high_b)
+    weigh_nothing(low, high, &sums)
+    weigh_loop(
+        widest, False, x[0], x[1], step[0], step[1], n, 0, constants, weights, low, high, &sums)
+    copy(sums.weight, into.sums.weight)
     for lane in range(LANES):
         into.shift[lane] = choose_shift(
-            found[WEIGHT + lane], found[MOMENT + lane], found[LOWEST + lane], found[HIGHEST + lane],
-            high_b[lane], <real> 0)
+            sums.weight[lane], sums.moment[lane], low[lane], high[lane], high_b[lane], <real> 0)
         constants[SHIFT + lane] = <real> into.shift[lane]
         into.farthest[lane] = farthest_from(
-            into.shift[lane], found[LOWEST + lane], found[HIGHEST + lane], into.beta[lane])
+            into.shift[lane], low[lane], high[lane], into.beta[lane])
     return widest
 
 
@@ -409,7 +529,7 @@ cdef inline int column_loop(int first, double farthest, real of_type) noexcept n
 cdef inline int common_loop(int first, const double *farthest, real of_type) noexcept nogil:
     """The loop of all rows whose weights are plain; FAR where they differ."""
     cdef int nearest = column_loop(first, least(farthest), of_type)
-    return nearest if column_loop(first, largest(farthest), of_type) == nearest else Loop.FAR
+    return nearest if column_loop(first, largest(farthest), of_type) == nearest else <int> Loop.FAR
 
 
 cdef void diverge_columns(const real **x, const npy_intp *step, int n, int *loops,
@@ -426,10 +546,9 @@ cdef void diverge_columns(const real **x, const npy_intp *step, int n, int *loop
             continue
         clear_lanes(&sums)
         diverge_loop(
-            loop, x[0], x[1], step[0], step[1], n, 0, weights, constants, infinite, &sums)
+            loop, True, x[0], x[1], step[0], step[1], n, 0, weights, constants, infinite, &sums)
         for lane in range(LANES):
             if loops[lane] == loop:
-                into.sums.weight[lane] = sums.weight[lane]
                 into.sums.divergence[lane] = sums.divergence[lane]
                 into.sums.drift[lane] = sums.drift[lane]
                 if loop == Loop.FAR and infinite[lane] > 0:
@@ -451,7 +570,7 @@ cdef void categorical_columns(const real **x, const npy_intp *step, int n,
     if common == Loop.FAR:
         diverge_columns(x, step, n, loops, weights, constants, infinite, into)
     else:
-        diverge_loop(common, x[0], x[1], step[0], step[1], n, 0, weights, constants,
+        diverge_loop(common, True, x[0], x[1], step[0], step[1], n, 0, weights, constants,
                      infinite, &into.sums)
 
 

@@ -23,7 +23,7 @@ from sums cimport (
 )
 from vecmath cimport (
     INFINITY, LN2, NAN, at_least, atanh_tail, larger, match_exponent, ratio_exponent, ratio_log, real,
-    residual_product, smaller, smaller_weight,
+    residual_product, smaller,
 )
 
 
@@ -47,9 +47,10 @@ cdef inline void discrete_run(const real *p, const real *q, npy_intp step_p, npy
                               int first, bint scaled, const real *ratios, real *lowest_so_far,
                               LaneSums *into) noexcept nogil:
     """Add n terms of each of the lanes first..LANES-1, the excess q' - p in the place of the drift.
-    `scaled`: the ratio is not 1. `lowest`: the smallest weight where p > 0."""
+    `scaled`: the ratio is not 1. `lowest` falls
+    below 0 where a weight is out of range."""
     cdef int lane, i
-    cdef real x, y, x_normal, e_ln2, z, difference, s
+    cdef real x, y, x_normal, e_ln2, z, difference, s, margin
     cdef real floor = smallest_weight(scaled, <real> 0)
     cdef real weight[LANES]
     cdef real divergence[LANES]
@@ -76,7 +77,8 @@ cdef inline void discrete_run(const real *p, const real *q, npy_intp step_p, npy
             weight[lane] += x
             divergence[lane] += x * (e_ln2 + atanh_tail(s)) + (difference * s + (y - z))
             excess[lane] += (y - z) - difference if scaled else y - x
-            lowest[lane] = smaller(smaller_weight(x, y), lowest[lane])
+            margin = smaller(x, y) - (floor if x > 0 else <real> 0)
+            lowest[lane] = smaller(margin, lowest[lane])
     copy(lowest, lowest_so_far)
     keep_from(first, weight)
     keep_from(first, divergence)
@@ -88,10 +90,10 @@ cdef inline void discrete_run(const real *p, const real *q, npy_intp step_p, npy
 
 cdef inline void plain_run(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
                            int first, real *lowest_so_far, LaneSums *into) noexcept nogil:
-    """As discrete_run, for the sum as it stands: `lowest` is 0 where p is too large; the excess counts in first order and is summed in
+    """As discrete_run, for the sum as it stands: the excess counts in first order and is summed in
     two parts, and the weight is the sum of |p log(p/q)|."""
     cdef int lane, i
-    cdef real x, y, x_normal, e_ln2, z, difference, s, tail, term, before, added
+    cdef real x, y, x_normal, e_ln2, z, difference, s, tail, margin, term, before, added
     cdef real floor = smallest_weight(False, <real> 0)
     cdef real weight[LANES]
     cdef real divergence[LANES]
@@ -119,8 +121,8 @@ cdef inline void plain_run(const real *p, const real *q, npy_intp step_p, npy_in
             excess[lane] = before + term
             added = excess[lane] - before
             excess_rest[lane] += (before - (excess[lane] - added)) + (term - added)
-            lowest[lane] = smaller(smaller_weight(x, y), lowest[lane])
-            lowest[lane] = lowest[lane] if x < largest_weight(x) else <real> 0
+            margin = smaller(x, y) - (floor if x > 0 else <real> 0)
+            lowest[lane] = smaller(margin if x < largest_weight(x) else -1, lowest[lane])
     copy(lowest, lowest_so_far)
     keep_from(first, weight)
     keep_from(first, divergence)
@@ -166,9 +168,8 @@ cdef inline void drift_from_excess(LaneSums *sums) noexcept nogil:
         sums.drift[lane] -= sums.divergence[lane]
 
 
-cdef inline bint out_of_range(double lowest, bint scaled, double weight,
-                              real of_type) noexcept nogil:
-    return (lowest < smallest_weight(scaled, of_type)) | (weight >= largest_weight(of_type))
+cdef inline bint out_of_range(double lowest, double weight, real of_type) noexcept nogil:
+    return (lowest < 0) | (weight >= largest_weight(of_type))
 
 
 cdef void discrete_block(const real **x, int n, bint normalize, double ratio,
@@ -183,7 +184,7 @@ cdef void discrete_block(const real **x, int n, bint normalize, double ratio,
     cdef bint scaled = normalize and ratio != 1
     clear_lanes(&lanes)
     fill(ratios, <real> ratio)
-    fill(lowest, <real> INFINITY)
+    fill(lowest, <real> 0)
     discrete_loop(
         x[0], x[1], LANES, LANES, n // LANES, 0, scaled, normalize, ratios, lowest, &lanes)
     if rest:
@@ -194,7 +195,7 @@ cdef void discrete_block(const real **x, int n, bint normalize, double ratio,
         add_lanes(into, &lanes)
     else:
         add_lanes_exactly(into, &lanes)
-    into.doubtful |= out_of_range(least(lowest), scaled, into.weight, <real> 0)
+    into.doubtful |= out_of_range(least(lowest), into.weight, <real> 0)
 
 
 cdef void discrete_columns(const real **x, const npy_intp *step, int n, bint normalize,
@@ -204,14 +205,14 @@ cdef void discrete_columns(const real **x, const npy_intp *step, int n, bint nor
     cdef real lowest[LANES]
     cdef int lane
     for lane in range(LANES):
-        ratios[lane], lowest[lane] = <real> into.ratio[lane], <real> INFINITY
+        ratios[lane], lowest[lane] = <real> into.ratio[lane], 0
     discrete_loop(x[0], x[1], step[0], step[1], n, 0, into.scaled, normalize, ratios, lowest,
                   &into.sums)
     if normalize:
         drift_from_excess(&into.sums)
     for lane in range(LANES):
         into.doubtful[lane] = 1 if out_of_range(
-            lowest[lane], into.scaled, into.sums.weight[lane], <real> 0) else into.doubtful[lane]
+            lowest[lane], into.sums.weight[lane], <real> 0) else into.doubtful[lane]
 
 
 cdef inline double usable(double ratio) noexcept nogil:

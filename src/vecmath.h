@@ -186,17 +186,6 @@ static inline double at_least_f64(double low, double x) {
     return from_bits_f64((uint64_t)(a > b ? a : b));
 }
 
-/* The smaller one, or a NaN where x = 0; no positive number where one is negative. NaN x are passed
- * over. */
-static inline float smaller_weight_f32(float x, float y) {
-    int32_t a = (int32_t)bits_f32(x), b = (int32_t)bits_f32(y);
-    return from_bits_f32((uint32_t)(a < b ? a : b) | (x == 0.0f ? ~(uint32_t)0 : 0));
-}
-static inline double smaller_weight_f64(double x, double y) {
-    int64_t a = (int64_t)bits_f64(x), b = (int64_t)bits_f64(y);
-    return from_bits_f64((uint64_t)(a < b ? a : b) | (x == 0.0 ? ~(uint64_t)0 : 0));
-}
-
 /* 2 atanh(s) - 2 s, |s| <= 0.2007. 7e-7 (f32), which is added to at least 10 times as much, and
  * 2 ulp (f64). */
 static inline float atanh_tail_f32(float s) {

@@ -26,8 +26,6 @@ cdef extern from "vecmath.h" nogil:
     double match_exponent_f64(double x, double y)
     float at_least_f32(float low, float x)
     double at_least_f64(double low, double x)
-    float smaller_weight_f32(float x, float y)
-    double smaller_weight_f64(double x, double y)
     float atanh_tail_f32(float s)
     double atanh_tail_f64(double s)
     float residual_product_f32(float a, float b, float c)
@@ -102,13 +100,6 @@ cdef inline real at_least(real low, real x) noexcept nogil:
         return at_least_f32(low, x)
     else:
         return at_least_f64(low, x)
-
-
-cdef inline real smaller_weight(real x, real y) noexcept nogil:
-    if real is float:
-        return smaller_weight_f32(x, y)
-    else:
-        return smaller_weight_f64(x, y)
 
 
 cdef inline real atanh_tail(real s) noexcept nogil:
