@@ -46,8 +46,7 @@ cdef inline real largest_weight(real of_type) noexcept nogil:
 cdef inline void discrete_run(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
                               int first, bint scaled, const real *ratios, real *lowest_so_far,
                               LaneSums *into) noexcept nogil:
-    """Add n terms of each of the lanes first..LANES-1, the excess q' - p in the place of the drift.
-    `scaled`: the ratio is not 1. `lowest` falls
+    """Add n terms of each of the lanes first..LANES-1. `scaled`: the ratio is not 1. `lowest` falls
     below 0 where a weight is out of range."""
     cdef int lane, i
     cdef real x, y, x_normal, e_ln2, z, difference, s, margin
@@ -85,7 +84,8 @@ cdef inline void discrete_run(const real *p, const real *q, npy_intp step_p, npy
     keep_from(first, excess)
     fold(weight, into.weight)
     fold(divergence, into.divergence)
-    fold(excess, into.drift)
+    for lane in range(LANES):
+        into.drift[lane] += <double> excess[lane] - <double> divergence[lane]
 
 
 cdef inline void plain_run(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
@@ -162,12 +162,6 @@ cdef void discrete_loop(const real *p, const real *q, npy_intp step_p, npy_intp 
         discrete_runs(p, q, step_p, step_q, n, first, False, True, ratio, lowest, into)
 
 
-cdef inline void drift_from_excess(LaneSums *sums) noexcept nogil:
-    cdef int lane
-    for lane in range(LANES):
-        sums.drift[lane] -= sums.divergence[lane]
-
-
 cdef inline bint out_of_range(double lowest, double weight, real of_type) noexcept nogil:
     return (lowest < 0) | (weight >= largest_weight(of_type))
 
@@ -191,7 +185,6 @@ cdef void discrete_block(const real **x, int n, bint normalize, double ratio,
         discrete_loop(x[0] + last, x[1] + last, LANES, LANES, 1, LANES - rest, scaled, normalize,
                       ratios, lowest, &lanes)
     if normalize:
-        drift_from_excess(&lanes)
         add_lanes(into, &lanes)
     else:
         add_lanes_exactly(into, &lanes)
@@ -200,7 +193,7 @@ cdef void discrete_block(const real **x, int n, bint normalize, double ratio,
 
 cdef void discrete_columns(const real **x, const npy_intp *step, int n, bint normalize,
                            LaneParts *into) noexcept nogil:
-    """The sums of n elements of each of LANES rows; elements lie `step` apart."""
+    """Add n elements of each of LANES rows; elements lie `step` apart."""
     cdef real ratios[LANES]
     cdef real lowest[LANES]
     cdef int lane
@@ -208,8 +201,6 @@ cdef void discrete_columns(const real **x, const npy_intp *step, int n, bint nor
         ratios[lane], lowest[lane] = <real> into.ratio[lane], 0
     discrete_loop(x[0], x[1], step[0], step[1], n, 0, into.scaled, normalize, ratios, lowest,
                   &into.sums)
-    if normalize:
-        drift_from_excess(&into.sums)
     for lane in range(LANES):
         into.doubtful[lane] = 1 if out_of_range(
             lowest[lane], into.sums.weight[lane], <real> 0) else into.doubtful[lane]

@@ -142,8 +142,8 @@ cdef void normal_loop(const real **x, const npy_intp *step, int n, int first, co
 
 
 cdef void normal_block(const real **x, int n, const Row *row, Sums *into) noexcept nogil:
-    """Add n elements, LANES or more once padded; the last lanes overlap what was added before and
-    do not count."""
+    """Add n elements, twice, LANES or more once padded; the last lanes overlap what was added before
+    and do not count."""
     cdef LaneSums lanes
     cdef real doubts[LANES]
     cdef const real *last[4]
@@ -157,21 +157,20 @@ cdef void normal_block(const real **x, int n, const Row *row, Sums *into) noexce
     normal_loop(x, step, n // LANES, 0, row, doubts, &lanes)
     if n % LANES:
         normal_loop(last, step, 1, LANES - n % LANES, row, doubts, &lanes)
-    add(into, 0, 0.5 * across(lanes.divergence), 0, 0)
+    add(into, 0, across(lanes.divergence), 0, 0)
     for lane in range(LANES):
         into.doubtful |= doubts[lane] > 0
 
 
 cdef void normal_columns(const real **x, const npy_intp *step, int n, const Row *row,
                          LaneParts *into) noexcept nogil:
-    """The sums of n elements of each of LANES rows; elements lie `step` apart."""
+    """Add n elements, twice, of each of LANES rows; elements lie `step` apart."""
     cdef real doubts[LANES]
     cdef int lane
     for lane in range(LANES):
         doubts[lane] = 0
     normal_loop(x, step, n, 0, row, doubts, &into.sums)
     for lane in range(LANES):
-        into.sums.divergence[lane] *= 0.5
         into.doubtful[lane] = 1 if doubts[lane] > 0 else into.doubtful[lane]
 
 

@@ -27,6 +27,7 @@ cdef extern from "transpose.h" nogil:
 cdef enum:
     PIECE = 64 * BLOCK
     TEAM = 64                  # pieces that threads take in turn before they are combined
+    PART_STRIPS = 16
     MAX_PASSES = 6             # over one row, each with the ratio that the one before found
 
 
@@ -253,7 +254,7 @@ cdef inline double finish(const Row *row, double *value, double weight, double d
     cdef double total = weight + divergence + drift
     cdef double finite = 1 if total - total == 0 else -1
     if row.family == Family.NORMAL:
-        value[0] = divergence
+        value[0] = 0.5 * divergence
         return finite
     if not row.normalize:
         value[0] = plain_sum(weight, divergence, drift, direct)
@@ -417,10 +418,11 @@ cdef void load_strip(const Rows *rows, npy_intp start, int n, real *buffer, cons
             x[operand], step[operand] = into, LANES
 
 
-cdef void columns(const Row *row, const real **x, const npy_intp *step, int n,
+cdef void columns(const Row *row, const real **x, const npy_intp *step, int n, bint fresh,
                   LaneParts *into) noexcept nogil:
-    """The sums of n columns alone."""
-    clear_lanes(&into.sums)
+    """The sums of n columns, added to those of the columns before or (fresh) alone."""
+    if fresh:
+        clear_lanes(&into.sums)
     if row.family == Family.NORMAL:
         normal_columns(x, step, n, row, into)
     elif row.family == Family.DISCRETE:
@@ -429,21 +431,36 @@ cdef void columns(const Row *row, const real **x, const npy_intp *step, int n,
         categorical_columns(x, step, n, into)
 
 
+cdef inline bint is_part(const Row *row, npy_intp strip) noexcept nogil:
+    """Whether the sums up to this strip are a part: a shift serves one strip, and doubles are added
+    PART_STRIPS times before other sums take over."""
+    return row.family == Family.CATEGORICAL or strip % PART_STRIPS == PART_STRIPS - 1
+
+
 cdef void sum_strips(const Rows *rows, real *buffer, LaneParts *parts) noexcept nogil:
     """The sums of LANES rows of more than one strip."""
     cdef const Row *row = &rows.first
     cdef const real *x[MAX_OPERANDS]
     cdef npy_intp step[MAX_OPERANDS]
-    cdef npy_intp start = 0
+    cdef npy_intp start = 0, strip = 0
     cdef int n, lane
+    cdef bint fresh = True, more = False
     cdef Sums whole[LANES]
     while start < row.length:
         n = strip_length(rows, start)
         load_strip(rows, start, n, buffer, x, step)
-        columns(row, x, step, n, parts)
-        for lane in range(LANES):
-            add_lane(&whole[lane], parts, lane, start > 0)
+        columns(row, x, step, n, fresh, parts)
         start += n
+        fresh = is_part(row, strip) or start == row.length
+        for lane in range(LANES if fresh else 0):
+            add_lane(&whole[lane], parts, lane, more)
+        more |= fresh
+        strip += 1
+    take_whole(whole, parts)
+
+
+cdef void take_whole(Sums *whole, LaneParts *parts) noexcept nogil:
+    cdef int lane
     for lane in range(LANES):
         round_off(&whole[lane])
         parts.sums.weight[lane] = whole[lane].weight
@@ -501,7 +518,7 @@ cdef void sum_rows(const Rows *rows, real *buffer, const real **x, const npy_int
                    LaneParts *parts) noexcept nogil:
     """The sums of LANES rows; their first strip is loaded."""
     if rows.first.length <= rows.strip:
-        columns(&rows.first, x, step, <int> rows.first.length, parts)
+        columns(&rows.first, x, step, <int> rows.first.length, True, parts)
     else:
         sum_strips(rows, buffer, parts)
 
@@ -509,8 +526,14 @@ cdef void sum_rows(const Rows *rows, real *buffer, const real **x, const npy_int
 cdef void refine_rows(const Rows *rows, real *buffer, const real **x, npy_intp *step,
                       LaneParts *parts, double *values, double *conditions) noexcept nogil:
     """Weights of badly conditioned rows again, with the ratios that their sums gave."""
-    cdef double new_values[LANES]
-    cdef double new_conditions[LANES]
+    choose_ratios(parts, conditions)
+    load_strip(rows, 0, strip_length(rows, 0), buffer, x, step)
+    sum_rows(rows, buffer, x, step, parts)
+    finish_again(&rows.first, parts, values, conditions)
+
+
+cdef inline void choose_ratios(LaneParts *parts, const double *conditions) noexcept nogil:
+    """Of badly conditioned rows."""
     cdef int lane
     for lane in range(LANES):
         if conditions[lane] < 0:
@@ -518,12 +541,31 @@ cdef void refine_rows(const Rows *rows, real *buffer, const real **x, npy_intp *
                             parts.sums.drift[lane], &parts.ratio[lane])
             parts.ratio[lane] = usable(parts.ratio[lane])
     parts.scaled = True
-    load_strip(rows, 0, strip_length(rows, 0), buffer, x, step)
-    sum_rows(rows, buffer, x, step, parts)
-    finish_lanes(&rows.first, parts, new_values, new_conditions)
+
+
+cdef inline void finish_again(const Row *row, const LaneParts *parts, double *values,
+                              double *conditions) noexcept nogil:
+    """The values of rows that were badly conditioned."""
+    cdef double new_values[LANES]
+    cdef double new_conditions[LANES]
+    cdef int lane
+    finish_lanes(row, parts, new_values, new_conditions)
     for lane in range(LANES):
         if conditions[lane] < 0:
             values[lane], conditions[lane] = new_values[lane], new_conditions[lane]
+
+
+cdef inline void begin_parts(LaneParts *parts) noexcept nogil:
+    cdef int lane
+    parts.scaled = False
+    for lane in range(LANES):
+        parts.ratio[lane] = 1
+        parts.shift[lane] = parts.peak[lane] = 0
+        parts.doubtful[lane] = 0
+
+
+cdef inline bint can_refine(const Row *row) noexcept nogil:
+    return row.family == Family.DISCRETE and row.normalize
 
 
 cdef void rows_side_by_side(const Rows *rows, LaneParts *parts, double *values,
@@ -534,17 +576,96 @@ cdef void rows_side_by_side(const Rows *rows, LaneParts *parts, double *values,
     cdef const Row *row = &rows.first
     cdef const real *x[MAX_OPERANDS]
     cdef npy_intp step[MAX_OPERANDS]
-    cdef int lane
-    parts.scaled = False
-    for lane in range(LANES):
-        parts.ratio[lane] = 1
-        parts.shift[lane] = parts.peak[lane] = 0
-        parts.doubtful[lane] = 0
+    begin_parts(parts)
     load_strip(rows, 0, strip_length(rows, 0), buffer, x, step)
     sum_rows(rows, buffer, x, step, parts)
     finish_lanes(row, parts, values, conditions)
-    if row.family == Family.DISCRETE and row.normalize and not all_good(conditions):
+    if can_refine(row) and not all_good(conditions):
         refine_rows(rows, buffer, x, step, parts, values, conditions)
+
+
+# Bands of columns: rows whose elements lie far apart, each next to its neighbour's. Lines of the
+# cache a power of two apart evict each other: strips of BAND_BYTES of neighbouring rows are copied
+# first. Wider ones are no faster, nor is asking for the next strip in advance.
+
+cdef enum:
+    BAND_BYTES = 256
+    MAX_GROUPS = 8             # of LANES rows in a band
+
+
+cdef inline int band_width(real of_type) noexcept nogil:
+    return BAND_BYTES / sizeof(real)
+
+
+cdef inline void copy_line(const real *x, real *into) noexcept nogil:
+    cdef int i
+    for i in range(BAND_BYTES / sizeof(real)):
+        into[i] = x[i]
+
+
+cdef void load_band(const Row *row, npy_intp start, int n, real *buffer,
+                    const real **x) noexcept nogil:
+    cdef int operand, i
+    cdef const char *data
+    for operand in range(row.n_operands):
+        data = row.data[operand] + start * row.step[operand]
+        x[operand] = buffer
+        for i in range(n):
+            copy_line(<const real *> (data + i * row.step[operand]), buffer)
+            buffer += band_width(buffer[0])
+
+
+cdef void sum_band(const Row *row, int wanted, real *buffer, LaneParts *parts) noexcept nogil:
+    """The sums of a band's rows; bit i of `wanted`: of the group i."""
+    cdef const real *x[MAX_OPERANDS]
+    cdef const real *at[MAX_OPERANDS]
+    cdef npy_intp step[MAX_OPERANDS]
+    cdef npy_intp start = 0, strip = 0
+    cdef int n, group, operand, lane, groups = band_width(buffer[0]) // LANES
+    cdef bint fresh = True, more = False, part
+    cdef Sums whole[MAX_GROUPS * LANES]
+    for operand in range(row.n_operands):
+        step[operand] = band_width(buffer[0])
+    while start < row.length:
+        n = <int> min(<npy_intp> STRIP, row.length - start)
+        load_band(row, start, n, buffer, x)
+        start += n
+        part = is_part(row, strip) or start == row.length
+        for group in range(groups):
+            if not wanted >> group & 1:
+                continue
+            for operand in range(row.n_operands):
+                at[operand] = x[operand] + group * LANES
+            columns(row, at, step, n, fresh, &parts[group])
+            for lane in range(LANES if part else 0):
+                add_lane(&whole[group * LANES + lane], &parts[group], lane, more)
+        fresh = part
+        more |= part
+        strip += 1
+    for group in range(groups):
+        if wanted >> group & 1:
+            take_whole(&whole[group * LANES], &parts[group])
+
+
+cdef void band_of_rows(const Row *row, LaneParts *parts, double *values, double *conditions,
+                       real of_type) noexcept nogil:
+    """As rows_side_by_side, for a band."""
+    cdef double space[MAX_OPERANDS * STRIP * BAND_BYTES / 8]
+    cdef real *buffer = <real *> space
+    cdef int group, groups = band_width(of_type) // LANES, bad = 0
+    for group in range(groups):
+        begin_parts(&parts[group])
+    sum_band(row, (1 << groups) - 1, buffer, parts)
+    for group in range(groups):
+        finish_lanes(row, &parts[group], values + group * LANES, conditions + group * LANES)
+        if can_refine(row) and not all_good(conditions + group * LANES):
+            choose_ratios(&parts[group], conditions + group * LANES)
+            bad |= 1 << group
+    if bad:
+        sum_band(row, bad, buffer, parts)
+    for group in range(groups):
+        if bad >> group & 1:
+            finish_again(row, &parts[group], values + group * LANES, conditions + group * LANES)
 
 
 # The kernel that the gufuncs carry.
@@ -592,7 +713,7 @@ cdef Plan plan_rows(const Batch *batch, const Kernel *kernel) noexcept nogil:
         element_ns *= 2
     plan.row_ns = 20 + batch.core[0] * element_ns
     plan.setup_ns = 0
-    plan.group = LANES if across_rows(batch, kernel) else 1
+    plan.group = BAND_BYTES / 4 if across_rows(batch, kernel) else 1
     plan.splits_rows = plan.group == 1
     return plan
 
@@ -628,12 +749,46 @@ cdef inline int rows_one_by_one(const Batch *batch, npy_intp first, npy_intp las
     return status
 
 
+cdef inline bint in_bands(const Batch *batch, const Kernel *kernel, real of_type) noexcept nogil:
+    """Whether all operands' rows are neighbouring columns, enough for a band."""
+    cdef int operand
+    if batch.n < band_width(of_type) or kernel.options[0] != native_format(of_type):
+        return False
+    for operand in range(4 if kernel.family == Family.NORMAL else 2):
+        if batch.outer[operand] != sizeof(real):
+            return False
+    return True
+
+
+cdef inline int finish_group(const Batch *batch, npy_intp first, int used, const Kernel *kernel,
+                             Watch *watch, double *values, const double *conditions,
+                             real of_type) noexcept nogil:
+    """Store the values of neighbouring rows. Bits of a row do not depend on its neighbours: what the
+    fast formulas cannot vouch for is computed again by itself."""
+    cdef int out = kernel.n_operands - 1, status = 0, lane
+    cdef Row row
+    for lane in range(0 if all_good(conditions) else used):
+        if conditions[lane] < 0:
+            row = row_at(batch, first + lane, kernel)
+            values[lane] = row_value(&row, watch, &status, of_type)
+    store_lanes(batch.operands[out] + first * batch.outer[out], batch.outer[out], used,
+                kernel.options[0], values)
+    return status
+
+
+cdef inline void set_betas(const Batch *batch, npy_intp first, int used, const Kernel *kernel,
+                           LaneParts *parts) noexcept nogil:
+    cdef int lane
+    for lane in range(LANES):
+        parts.beta[lane] = 1
+    if kernel.family == Family.CATEGORICAL:
+        for lane in range(LANES):
+            parts.beta[lane] = inverse_temperature(batch, first + min(lane, used - 1))
+
+
 cdef inline int rows_in_groups(const Batch *batch, npy_intp first, npy_intp last,
                                const Kernel *kernel, Watch *watch, real of_type) noexcept nogil:
-    """Bits of a row do not depend on its neighbours: what the fast formulas cannot vouch for is
-    computed again by itself."""
-    cdef int out = kernel.n_operands - 1, status = 0, lane, operand
-    cdef Row row
+    cdef int status = 0, operand
     cdef Rows rows
     cdef LaneParts parts
     cdef double values[LANES]
@@ -647,24 +802,39 @@ cdef inline int rows_in_groups(const Batch *batch, npy_intp first, npy_intp last
         rows.first = row_at(batch, first, kernel)
         rows.used = <int> min(<npy_intp> LANES, last - first)
         rows.strip = choose_strip(&rows, of_type)
-        for lane in range(LANES):
-            parts.beta[lane] = 1
-        if kernel.family == Family.CATEGORICAL:
-            for lane in range(LANES):
-                parts.beta[lane] = inverse_temperature(batch, first + min(lane, rows.used - 1))
+        set_betas(batch, first, rows.used, kernel, &parts)
         rows_side_by_side(&rows, &parts, values, conditions, of_type)
-        for lane in range(0 if all_good(conditions) else rows.used):
-            if conditions[lane] < 0:
-                row = row_at(batch, first + lane, kernel)
-                values[lane] = row_value(&row, watch, &status, of_type)
-        store_lanes(batch.operands[out] + first * batch.outer[out], batch.outer[out], rows.used,
-                    rows.first.format, values)
+        status |= finish_group(
+            batch, first, rows.used, kernel, watch, values, conditions, of_type)
         first += LANES
+    return status
+
+
+cdef int rows_in_bands(const Batch *batch, npy_intp first, npy_intp last, const Kernel *kernel,
+                       Watch *watch, real of_type) noexcept nogil:
+    cdef int status = 0, group, width = band_width(of_type)
+    cdef Row row
+    cdef LaneParts parts[MAX_GROUPS]
+    cdef double values[MAX_GROUPS * LANES]
+    cdef double conditions[MAX_GROUPS * LANES]
+    while first < last:
+        first = min(first, batch.n - width)  # whole bands: some rows are computed twice
+        row = row_at(batch, first, kernel)
+        for group in range(width // LANES):
+            set_betas(batch, first + group * LANES, LANES, kernel, &parts[group])
+        band_of_rows(&row, parts, values, conditions, of_type)
+        for group in range(width // LANES):
+            status |= finish_group(
+                batch, first + group * LANES, LANES, kernel, watch, values + group * LANES,
+                conditions + group * LANES, of_type)
+        first += width
     return status
 
 
 cdef int reduce_rows_f32(const Batch *batch, npy_intp first, npy_intp last,
                          const Kernel *kernel, Watch *watch) noexcept nogil:
+    if across_rows(batch, kernel) and in_bands(batch, kernel, <float> 0):
+        return rows_in_bands(batch, first, last, kernel, watch, <float> 0)
     if across_rows(batch, kernel):
         return rows_in_groups(batch, first, last, kernel, watch, <float> 0)
     return rows_one_by_one(batch, first, last, kernel, watch, <float> 0)
@@ -672,6 +842,8 @@ cdef int reduce_rows_f32(const Batch *batch, npy_intp first, npy_intp last,
 
 cdef int reduce_rows_f64(const Batch *batch, npy_intp first, npy_intp last,
                          const Kernel *kernel, Watch *watch) noexcept nogil:
+    if across_rows(batch, kernel) and in_bands(batch, kernel, <double> 0):
+        return rows_in_bands(batch, first, last, kernel, watch, <double> 0)
     if across_rows(batch, kernel):
         return rows_in_groups(batch, first, last, kernel, watch, <double> 0)
     return rows_one_by_one(batch, first, last, kernel, watch, <double> 0)

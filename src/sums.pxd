@@ -15,12 +15,15 @@ from vecmath cimport (
     smaller,
 )
 
+cdef extern from "lanes.h":
+    enum:
+        LANES          # rows or elements that are computed side by side
+
 cdef enum:
-    LANES = 8          # rows or elements that are computed side by side
     BLOCK = 1024       # elements of one row that are summed together
     HALF = LANES / 2
     QUARTER = LANES / 4
-    STRIP = 256        # elements of each of LANES rows that are summed together,
+    STRIP = 128        # elements of each of LANES rows that are summed together,
     NARROW_STRIP = 64  # and that are gathered at a time
     RUN = 8            # terms a lane sums in float before double takes over
     LONG_RUN = 32      # terms a lane sums in double before other sums take over
@@ -122,7 +125,11 @@ cdef inline double across(const real *lanes) noexcept nogil:
     cdef int i
     for i in range(HALF):
         part[i] = lanes[i] + lanes[i + HALF]
-    return (part[0] + part[2]) + (part[1] + part[3])
+    for i in range(QUARTER):
+        part[i] += part[i + QUARTER]
+    for i in range(1, QUARTER):
+        part[0] += part[i]
+    return part[0]
 
 
 cdef inline double least(const real *lanes) noexcept nogil:
@@ -131,7 +138,11 @@ cdef inline double least(const real *lanes) noexcept nogil:
     cdef int i
     for i in range(HALF):
         part[i] = smaller(lanes[i], lanes[i + HALF])
-    return smaller(smaller(part[0], part[1]), smaller(part[2], part[3]))
+    for i in range(QUARTER):
+        part[i] = smaller(part[i], part[i + QUARTER])
+    for i in range(1, QUARTER):
+        part[0] = smaller(part[0], part[i])
+    return part[0]
 
 
 cdef inline double largest(const real *lanes) noexcept nogil:
