@@ -10,7 +10,7 @@ import numpy as np
 cimport numpy as cnp
 from numpy cimport npy_intp
 from libc.stdlib cimport calloc
-from gufunc cimport Kernel, gufunc_loop
+from gufunc cimport Kernel, gufunc_loop, report_status
 from mvn cimport mvn_rows_f32, mvn_rows_f64, plan_mvn
 from mvn_grad cimport mvn_gradient_rows_f32, mvn_gradient_rows_f64, plan_mvn_gradient
 from sums cimport MAX_OPERANDS, Family, Format
@@ -112,11 +112,14 @@ cdef object row_gufunc(str name, str signature, Family family, tuple formats, bi
     if formats is FORMATS:
         plain[name] = make_plain(
             gufunc, signature, &kernels[first_loop + 1], &kernels[first_loop + 2])
+        direct[name, 0] = make_direct(
+            &kernels[first_loop + 1], &kernels[first_loop + 2], inputs, len(extra), 0)
     return gufunc
 
 
 gufuncs = {}
 plain = {}  # the same for calls that need no preparation
+direct = {}  # the same by addresses, with `wanted` as of gradient_gufunc
 for suffix, formats in (("", FORMATS), ("_bfloat16", BFLOAT16)):
     gufuncs["discrete" + suffix] = row_gufunc(
         "discrete", "(k),(k)->()", Family.DISCRETE, formats)
@@ -230,6 +233,9 @@ def gradient_gufunc(name, int wanted):
         kernel.family, kernel.wanted = family, wanted
         kernel.options = [form, given != ["plain"], spreads[0], spreads[1]]
         dtypes.append(inputs * operand + extra + (1 + outputs) * result)
+    if formats is FORMATS:
+        direct[name, wanted] = make_direct(
+            &hook.kernels[1], &hook.kernels[2], inputs, len(extra), outputs)
     signature = ",".join(["(k)"] * inputs + ["()"] * len(extra)) + "->" + ",".join(
         ["()"] + ["(k)"] * outputs)
     return hang_up(hook, name, signature, dtypes, inputs + len(extra), 1 + outputs)

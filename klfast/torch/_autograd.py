@@ -20,12 +20,12 @@ from torch import Tensor
 from klfast.torch._tensors import (
     Call,
     as_array,
+    gradients_of,
     is_plain,
     is_traced,
     needs_gradient,
     transforms_active,
     value,
-    value_and_gradients,
 )
 
 
@@ -59,10 +59,20 @@ def discrete_call(normalize: bool) -> Call:
 
 
 def categorical_call(temperature: float | Tensor) -> Call:
-    t = as_array(temperature) if isinstance(temperature, Tensor) else temperature
+    if isinstance(temperature, Tensor):
+        return of_temperature(as_array(temperature), None)
+    return at_temperature(temperature)
+
+
+@functools.lru_cache
+def at_temperature(temperature: float) -> Call:
+    return of_temperature(temperature, "categorical" if 0 < temperature < math.inf else None)
+
+
+def of_temperature(temperature: Any, kernel: str | None) -> Call:
+    options = {"temperature": temperature}
     names = ("logits_p", "logits_q")
-    kernel = "categorical" if type(t) is float and 0 < t < math.inf else None
-    return Call("kl_categorical", names, {"temperature": t}, kernel, (t,), reads_bits=True)
+    return Call("kl_categorical", names, options, kernel, (temperature,), reads_bits=True)
 
 
 def sides(kind_p: str, kind_q: str) -> tuple[str, ...]:
@@ -189,12 +199,6 @@ def at_their_places(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> tupl
     """A gradient for each wanted argument, None for the others."""
     following = iter(gradients)
     return tuple(next(following) if wants else None for wants in wanted)
-
-
-def gradients_of(
-    call: Call, cotangent: Tensor, tensors: Sequence[Tensor], wanted: Sequence[bool]
-) -> list[Tensor]:
-    return value_and_gradients(call, tensors, wanted, as_array(cotangent))[1]
 
 
 def compute(name: str, arguments: tuple[Any, ...], tensors: Sequence[Tensor]) -> Tensor:
