@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from klfast.normal import kernel_name, standard
 from klfast.torch._tensors import (
     Call,
     as_array,
@@ -82,8 +83,10 @@ def sides(kind_p: str, kind_q: str) -> tuple[str, ...]:
 
 @functools.cache
 def normal_call(kind_p: str, kind_q: str) -> Call:
-    kernel = f"normal_{kind_p}_{kind_q}" if kind_q else None
-    return Call("kl_normal", sides(kind_p, kind_q), {}, kernel, reads_bits=bool(kind_q))
+    names = sides(kind_p, kind_q)
+    implied = {} if kind_q else standard(kind_p)
+    kernel = None if implied else kernel_name(kind_p, kind_q, names[2:])
+    return Call("kl_normal", names, {}, kernel, reads_bits=not implied)
 
 
 @functools.cache
