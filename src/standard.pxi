@@ -113,7 +113,8 @@ cdef double standard_stretch(const StandardJob *job, npy_intp start, npy_intp st
         for operand in range(2):
             if not in_place[operand]:
                 step = job.target.step[operand]
-                store_all(format, to[operand], n, job.target.to[operand] + start * step, step)
+                store_all(
+                    format, to[operand], 1, n, job.target.to[operand] + start * step, step)
         start += n
     return 0.5 * (total + rest)
 
@@ -216,7 +217,7 @@ cdef inline int standard_rows(const Batch *batch, npy_intp first, npy_intp last,
     for index in range(first, last):
         standard_job_at(batch, index, kernel, &job)
         value = standard_row(&job, of_type)
-        if value - value == 0 and (job.cotangent != 0):
+        if value - value == 0 and job.cotangent != 0:
             store(batch.operands[out] + index * batch.outer[out], job.row.format, value)
         else:
             status |= any_rows(&pair.batch, index, index + 1, &pair.kernel, watch, of_type)
