@@ -125,10 +125,8 @@ FAMILIES = {
 def differentiate(ctx: Any, cotangent: Tensor) -> Any:
     """The backward pass of Divergence and Transformed."""
     wanted = ctx.needs_input_grad[2:]
-    call = (ctx.name, ctx.arguments, wanted, cotangent, *ctx.saved_tensors)
-    direct = is_plain(cotangent) and not torch.is_grad_enabled()
-    gradients = Gradient.forward(*call) if direct else Gradient.apply(*call)
-    return None, None, *at_their_places(gradients, wanted)
+    arguments = (ctx.name, ctx.arguments, wanted, cotangent, *ctx.saved_tensors)
+    return None, None, *at_their_places(Gradient.apply(*arguments), wanted)
 
 
 class Divergence(torch.autograd.Function):
@@ -137,10 +135,17 @@ class Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, name: str, arguments: tuple[Any, ...], *tensors: Tensor) -> Tensor:
         ctx.name, ctx.arguments = name, arguments
+        ctx.call = FAMILIES[name].call(*arguments)
         ctx.save_for_backward(*tensors)
-        return compute(name, arguments, tensors)
+        return value(ctx.call, tensors)
 
-    backward = staticmethod(differentiate)
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        if torch.is_grad_enabled() or not is_plain(cotangent):
+            return differentiate(ctx, cotangent)
+        wanted = ctx.needs_input_grad[2:]
+        gradients = gradients_of(ctx.call, cotangent, ctx.saved_tensors, wanted)
+        return None, None, *at_their_places(gradients, wanted)
 
 
 class Transformed(torch.autograd.Function):

@@ -58,7 +58,10 @@ def is_plain(*tensors: Tensor) -> bool:
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    for x in tensors:
+        if x.requires_grad:
+            return torch.is_grad_enabled()
+    return False
 
 
 def check(arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
