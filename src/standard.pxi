@@ -6,6 +6,8 @@ of one exponential and no division, value and gradients in one pass. Short rows,
 values that the formula has no range for, are those of any pair of normals: zeros stand for q.
 """
 
+from vecmath cimport phi_and_expm1
+
 cdef double zeros[SHORT_ROW]
 
 ctypedef struct StandardJob:
@@ -22,7 +24,7 @@ cdef inline void standard_run(int wanted, const real *m, const real *x, int n, i
                               double *sums) noexcept nogil:
     """Add n terms, twice, of each of the lanes first..LANES-1, and write their gradients."""
     cdef int lane, i
-    cdef real mean, log_variance, half = cotangent * <real> 0.5
+    cdef real mean, log_variance, grown, half = cotangent * <real> 0.5
     cdef real run[LANES]
     cdef real far[LANES]
     cdef real slope_m[LANES]
@@ -32,12 +34,12 @@ cdef inline void standard_run(int wanted, const real *m, const real *x, int n, i
     for i in range(n):
         for lane in range(LANES):
             mean, log_variance = m[i * LANES + lane], x[i * LANES + lane]
-            run[lane] += phi(log_variance, <real> 0) + mean * mean
+            run[lane] += phi_and_expm1(log_variance, &grown) + mean * mean
             far[lane] = larger(larger(log_variance, -log_variance), far[lane])
             if wanted & 1:
                 slope_m[lane] = mean * cotangent
             if wanted & 2:
-                slope_x[lane] = expm1(log_variance, <real> 0) * half
+                slope_x[lane] = grown * half
         if wanted & 1:
             copy(slope_m, to_m + i * LANES)
         if wanted & 2:
