@@ -76,3 +76,13 @@ def gradients(name: str, wanted: int) -> Callable[..., Any]:
     """The gufunc of values and gradients; bit i of `wanted`: with respect to operand i."""
     gufunc: Callable[..., Any] = _module.gradient_gufunc(name, wanted)
     return gufunc
+
+
+@functools.cache
+def direct(name: str, wanted: int) -> Callable[..., float]:
+    """Rows given by their addresses: their values, and gradients as of `gradients` unless `wanted`
+    is 0."""
+    if wanted:
+        gradients(name, wanted)
+    kernel: Callable[..., float] = _module.direct[name, wanted]
+    return kernel

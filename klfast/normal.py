@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from klfast._arguments import as_array, common_dtype, only_one, reduce
 
 __all__ = ["kl_normal"]
 
-STANDARD = {"scale": 1.0, "var": 1.0, "logvar": 0.0}
+STANDARD = {"scale": 1.0, "var": 1.0}
 
 
 def kl_normal(
@@ -88,7 +89,7 @@ def kl_normal(
     [0.5]
     """
     kind_p, spread_p = kind_of("p", scale_p, var_p, logvar_p)
-    kind_q, spread_q = kind_p, STANDARD[kind_p]
+    kind_q, spread_q = kind_p, None
     if loc_q is not None:
         kind_q, spread_q = kind_of("q", scale_q, var_q, logvar_q)
         if axis == -1 and not keepdims and out is None:
@@ -100,14 +101,12 @@ def kl_normal(
         raise TypeError(
             "loc_q is missing: give it with the spread of q, or leave q out for N(0, I)"
         )
-    arrays = _broadcast(
-        {
-            "loc_p": loc_p,
-            f"{kind_p}_p": spread_p,
-            "loc_q": 0.0 if loc_q is None else loc_q,
-            f"{kind_q}_q": spread_q,
-        }
-    )
+    elif kind_p == "logvar" and axis == -1 and not keepdims and out is None:
+        result = _kernels.plain["normal_logvar_standard"](loc_p, spread_p)
+        if result is not None:
+            return result
+    q = standard(kind_p) if loc_q is None else {"loc_q": loc_q, f"{kind_q}_q": spread_q}
+    arrays = _broadcast({"loc_p": loc_p, f"{kind_p}_p": spread_p} | q)
     if isinstance(axis, tuple):
         if axis != ():
             raise ValueError(f"axis must be an integer or (), got {axis}")
@@ -116,9 +115,20 @@ def kl_normal(
         arrays = {name: x[..., np.newaxis] for name, x in arrays.items()}
         axis = -1
     elif loc_q is None and axis == -1:
-        for name in ("loc_q", f"{kind_q}_q"):
+        for name in q:
             arrays[name] = _in_a_row(arrays[name])
-    return reduce(f"normal_{kind_p}_{kind_q}", arrays, axis=axis, keepdims=keepdims, out=out)
+    return reduce(kernel_name(kind_p, kind_q, q), arrays, axis=axis, keepdims=keepdims, out=out)
+
+
+def standard(kind: str) -> dict[str, float]:
+    """The arguments that N(0, I) is to the kernels: none beside log-variances, for which there are
+    kernels that know."""
+    return {} if kind == "logvar" else {"loc_q": 0.0, f"{kind}_q": STANDARD[kind]}
+
+
+def kernel_name(kind_p: str, kind_q: str, q: Collection[str]) -> str:
+    """`q`: the names of its arguments."""
+    return f"normal_{kind_p}_{kind_q if q else 'standard'}"
 
 
 def kind_of(side: str, scale: Any, var: Any, logvar: Any) -> tuple[str, Any]:

@@ -1,5 +1,5 @@
-"""Values and gradients, one row at a time: the row's value by the drivers of rows.pxi, then one
-pass more over the row, still in cache, that writes the gradients.
+"""Values and gradients: a row's value by the drivers of rows.pxi, then one pass more over the row,
+still in cache, that writes the gradients. Short rows are computed side by side.
 
 What the pass needs from the row is its Slope, made of the sums that the value was made of. Where
 those were not vouched for in float, value and gradients are computed in double, and where not in
@@ -8,7 +8,11 @@ and threads may take pieces of one row in any order.
 """
 
 from gufunc cimport Batch, Kernel, Plan, Watch, look_for_signals
+from libc.string cimport memset
 from sums cimport BLOCK, LANES, MAX_OPERANDS, Family, Row, Slope, Sums
+
+cdef enum:
+    MAX_CONSTANTS = 8 * LANES    # of LANES rows' slopes, in any family
 
 ctypedef struct Target:
     int wanted                       # bit i: the gradient with respect to operand i
@@ -16,15 +20,24 @@ ctypedef struct Target:
     npy_intp step[MAX_OPERANDS]      # bytes from one element to the next
 
 
-cdef inline void store_all(int format, const real *x, int n, char *to,
+cdef inline void nothing_found(real *found) noexcept nogil:
+    """Ranges of nothing, for gap_ranges to widen."""
+    fill(found, <real> INFINITY)
+    fill(found + LANES, -<real> INFINITY)
+    fill(found + 2 * LANES, <real> INFINITY)
+    fill(found + 3 * LANES, -<real> INFINITY)
+
+
+cdef inline void store_all(int format, const real *x, int apart, int n, char *to,
                            npy_intp step) noexcept nogil:
+    """n numbers that lie `apart` elements from each other."""
     cdef int i
     if format == Format.FLOAT64:
         for i in range(n):
-            (<double *> (to + i * step))[0] = x[i]
+            (<double *> (to + i * step))[0] = x[i * apart]
     else:
         for i in range(n):
-            (<float *> (to + i * step))[0] = <float> x[i]
+            (<float *> (to + i * step))[0] = <float> x[i * apart]
 
 
 cdef inline bint writes_in_place(int format, npy_intp step, int n, real of_type) noexcept nogil:
@@ -69,7 +82,7 @@ cdef void slope_stretch(const Row *row, const Slope *slope, const Target *target
         for operand in range(row.n_operands):
             if target.wanted >> operand & 1 and not in_place[operand]:
                 into = target.to[operand] + start * target.step[operand]
-                store_all(row.format, to[operand], n, into, target.step[operand])
+                store_all(row.format, to[operand], 1, n, into, target.step[operand])
         start += n
 
 
@@ -161,32 +174,219 @@ cdef void row_gradient(const Row *row, Slope *slope, const Target *target, Watch
         slope_row(row, slope, target, watch, <double> 0)
 
 
-cdef inline int gradients_of_rows(const Batch *batch, npy_intp first, npy_intp last,
-                                  const Kernel *kernel, Watch *watch, real of_type) noexcept nogil:
-    cdef int status = 0, operand, result, out
-    cdef npy_intp index
-    cdef Row row
+cdef inline void start_slope(const Batch *batch, npy_intp index, const Row *row,
+                             Slope *slope) noexcept nogil:
+    """What the operands after the arrays say: the temperature, the cotangent."""
+    cdef int at = row.n_operands
+    slope.beta, slope.beta_rest = row.inverse_temperature, 0
+    if row.family == Family.CATEGORICAL:
+        slope.beta = inverse_temperature(batch, index)
+        slope.beta_rest = slope.beta * residual_product(
+            slope.beta, (<const double *> (batch.operands[2] + index * batch.outer[2]))[0], 1.0)
+        at += 1
+    slope.cotangent = (<const double *> (batch.operands[at] + index * batch.outer[at]))[0]
+
+
+cdef inline int result_of(const Row *row) noexcept nogil:
+    """The operand that the value is written to; gradients follow."""
+    return row.n_operands + (2 if row.family == Family.CATEGORICAL else 1)
+
+
+cdef inline void aim(const Batch *batch, npy_intp index, const Row *row, int wanted,
+                     Target *target) noexcept nogil:
+    cdef int operand, out = 0, result = result_of(row)
+    target.wanted = wanted
+    for operand in range(row.n_operands):
+        if wanted >> operand & 1:
+            out += 1
+            target.to[operand] = (
+                batch.operands[result + out] + index * batch.outer[result + out])
+            target.step[operand] = batch.inner[row.n_operands + out - 1]
+
+
+cdef int gradient_alone(const Batch *batch, npy_intp index, const Kernel *kernel, Watch *watch,
+                        real of_type) noexcept nogil:
+    cdef int status = 0, result
+    cdef Row row = row_at(batch, index, kernel)
     cdef Slope slope
     cdef Target target
-    target.wanted = kernel.wanted
+    result = result_of(&row)
+    start_slope(batch, index, &row, &slope)
+    aim(batch, index, &row, kernel.wanted, &target)
+    row_gradient(&row, &slope, &target, watch, &status, of_type)
+    store(batch.operands[result] + index * batch.outer[result], row.format, slope.value)
+    return status
+
+
+# Short rows, LANES of them side by side.
+
+ctypedef struct Group:
+    Rows rows
+    LaneParts parts
+    Slope slopes[LANES]
+    double values[LANES]
+    double conditions[LANES]    # negative: left to gradient_alone
+
+
+cdef inline void lane_slope(const Row *row, const LaneParts *parts, int lane,
+                            Slope *slope, real of_type) noexcept nogil:
+    """From the sums of a row that were vouched for."""
+    cdef Sums sums
+    if row.family == Family.NORMAL:
+        return
+    add_lane(&sums, parts, lane, False)
+    round_off(&sums)
+    if row.family == Family.DISCRETE:
+        discrete_slope(row, &sums, parts.ratio[lane], slope, of_type)
+    elif row.family == Family.CATEGORICAL:
+        categorical_slope(row, &sums, slope)
+
+
+cdef void sum_group(Group *group, real *buffer, const real **x, npy_intp *step) noexcept nogil:
+    """Values and slopes; x, step: where the columns are."""
+    cdef const Row *row = &group.rows.first
+    cdef double before[LANES]
+    cdef int lane, attempt
+    group.parts.scaled = False
+    for lane in range(LANES):
+        before[lane], group.parts.ratio[lane] = -1, 1
+        group.parts.shift[lane] = group.parts.peak[lane] = 0
+        group.parts.doubtful[lane] = 0
+    load_strip(&group.rows, 0, <int> row.length, buffer, x, step)
+    columns(row, x, step, <int> row.length, &group.parts)
+    finish_lanes(row, &group.parts, group.values, group.conditions)
+    for attempt in range(2):
+        for lane in range(LANES):
+            group.slopes[lane].value = group.values[lane]
+            if before[lane] < 0 and group.conditions[lane] >= 0:
+                lane_slope(row, &group.parts, lane, &group.slopes[lane], buffer[0])
+        if attempt or row.family != Family.DISCRETE or not row.normalize or all_good(
+                group.conditions):
+            return
+        for lane in range(LANES):
+            before[lane] = group.conditions[lane]
+        refine_rows(&group.rows, buffer, x, step, &group.parts, group.values, group.conditions)
+
+
+cdef inline void store_columns(const Target *target, int format, int n, int lane,
+                               real **columns_of) noexcept nogil:
+    cdef int operand
+    for operand in range(MAX_OPERANDS):
+        if target.wanted >> operand & 1:
+            store_all(format, columns_of[operand] + lane, LANES, n, target.to[operand],
+                      target.step[operand])
+
+
+cdef void slope_columns(const Group *group, int loop, const real **x, const npy_intp *step,
+                        int wanted, real **to) noexcept nogil:
+    """The gradients of LANES rows, in columns."""
+    cdef real constants[MAX_CONSTANTS]
+    cdef const Row *row = &group.rows.first
+    cdef int lane, n = <int> row.length
+    if row.family == Family.NORMAL:
+        for lane in range(LANES):
+            constants[lane] = <real> group.slopes[lane].cotangent
+        normal_slope_loop(x, step, n, row, wanted, constants, to)
+    elif row.family == Family.DISCRETE:
+        discrete_constants(group.slopes, 1, row.normalize, constants)
+        discrete_slope_loop(
+            row.normalize, wanted, x[0], x[1], step[0], step[1], n, constants, to[0], to[1])
+    else:
+        slope_constants(group.slopes, 1, constants)
+        categorical_slope_loop(
+            loop, wanted, x[0], x[1], step[0], step[1], n, constants, to[0], to[1])
+
+
+cdef void choose_loops(const Group *group, const real **x, const npy_intp *step,
+                       int *loops) noexcept nogil:
+    """That of each row by itself; there is but one for most families."""
+    cdef real found[4 * LANES]
+    cdef int lane
+    if group.rows.first.family != Family.CATEGORICAL:
+        for lane in range(LANES):
+            loops[lane] = 0
+        return
+    nothing_found(found)
+    gap_ranges(x[0], x[1], step[0], step[1], <int> group.rows.first.length, found)
+    for lane in range(LANES):
+        loops[lane] = slope_loop(
+            found[lane], found[LANES + lane], found[2 * LANES + lane], found[3 * LANES + lane],
+            &group.slopes[lane], found[0])
+
+
+cdef int group_gradients(const Batch *batch, npy_intp first, const Kernel *kernel, Watch *watch,
+                         Group *group, real of_type) noexcept nogil:
+    cdef real buffer[MAX_OPERANDS * NARROW_STRIP * LANES]
+    cdef real slopes[MAX_OPERANDS * SHORT_ROW * LANES]
+    cdef const real *x[MAX_OPERANDS]
+    cdef real *to[MAX_OPERANDS]
+    cdef npy_intp step[MAX_OPERANDS]
+    cdef int loops[LANES]
+    cdef const Row *row = &group.rows.first
+    cdef Target target
+    cdef int status = 0, lane, operand, loop, done = 0, length = <int> row.length
+    cdef int all_lanes = (1 << group.rows.used) - 1, result = result_of(row)
+    cdef bint constant = length == 1 and row.family != Family.NORMAL and row.normalize
+    for operand in range(MAX_OPERANDS):
+        to[operand] = slopes + operand * SHORT_ROW * LANES
+    sum_group(group, buffer, x, step)
+    for lane in range(group.rows.used):
+        if group.conditions[lane] < 0:
+            status |= gradient_alone(batch, first + lane, kernel, watch, of_type)
+            done |= 1 << lane
+            continue
+        store(batch.operands[result] + (first + lane) * batch.outer[result], row.format,
+              group.values[lane])
+        if group.slopes[lane].cotangent == 0 or constant:
+            aim(batch, first + lane, row, kernel.wanted, &target)
+            fill_slopes(row, &target, 0)
+            done |= 1 << lane
+    if done == all_lanes:
+        return status
+    choose_loops(group, x, step, loops)
+    for lane in range(group.rows.used):
+        if done >> lane & 1:
+            continue
+        loop = loops[lane]
+        slope_columns(group, loop, x, step, kernel.wanted, to)
+        for operand in range(lane, group.rows.used):
+            if loops[operand] == loop and not done >> operand & 1:
+                aim(batch, first + operand, row, kernel.wanted, &target)
+                store_columns(&target, row.format, length, operand, to)
+                done |= 1 << operand
+    return status
+
+
+cdef inline int gradients_in_groups(const Batch *batch, npy_intp first, npy_intp last,
+                                    const Kernel *kernel, Watch *watch,
+                                    real of_type) noexcept nogil:
+    cdef Group group
+    cdef Row row
+    cdef int status = 0, lane, operand
+    for operand in range(MAX_OPERANDS):
+        group.rows.outer[operand] = batch.outer[operand]
+    while first < last:
+        row = row_at(batch, first, kernel)
+        group.rows.first, group.rows.strip = row, NARROW_STRIP
+        group.rows.used = <int> min(<npy_intp> LANES, last - first)
+        for lane in range(LANES):
+            memset(&group.slopes[lane], 0, sizeof(Slope))
+            group.slopes[lane].weight = 1
+            start_slope(batch, first + min(lane, group.rows.used - 1), &row, &group.slopes[lane])
+            group.parts.beta[lane] = group.slopes[lane].beta
+        status |= group_gradients(batch, first, kernel, watch, &group, of_type)
+        first += LANES
+    return status
+
+
+cdef inline int gradients_of_rows(const Batch *batch, npy_intp first, npy_intp last,
+                                  const Kernel *kernel, Watch *watch, real of_type) noexcept nogil:
+    cdef int status = 0
+    cdef npy_intp index
+    if is_short(batch):
+        return gradients_in_groups(batch, first, last, kernel, watch, of_type)
     for index in range(first, last):
-        row = row_at(batch, index, kernel)
-        result = row.n_operands + (2 if row.family == Family.CATEGORICAL else 1)
-        slope.beta, slope.beta_rest = row.inverse_temperature, 0
-        if row.family == Family.CATEGORICAL:
-            slope.beta_rest = slope.beta * residual_product(
-                slope.beta, (<const double *> (batch.operands[2] + index * batch.outer[2]))[0], 1.0)
-        slope.cotangent = (<const double *> (
-            batch.operands[result - 1] + index * batch.outer[result - 1]))[0]
-        out = 0
-        for operand in range(row.n_operands):
-            if kernel.wanted >> operand & 1:
-                out += 1
-                target.to[operand] = (
-                    batch.operands[result + out] + index * batch.outer[result + out])
-                target.step[operand] = batch.inner[row.n_operands + out - 1]
-        row_gradient(&row, &slope, &target, watch, &status, of_type)
-        store(batch.operands[result] + index * batch.outer[result], row.format, slope.value)
+        status |= gradient_alone(batch, index, kernel, watch, of_type)
     return status
 
 
@@ -203,5 +403,6 @@ cdef int gradient_rows_f64(const Batch *batch, npy_intp first, npy_intp last,
 cdef Plan plan_gradients(const Batch *batch, const Kernel *kernel) noexcept nogil:
     cdef Plan plan = plan_rows(batch, kernel)
     plan.row_ns = 50 + 2.5 * plan.row_ns
-    plan.group, plan.splits_rows = 1, True
+    plan.group = LANES if is_short(batch) else 1
+    plan.splits_rows = plan.group == 1
     return plan

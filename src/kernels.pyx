@@ -10,7 +10,7 @@ import numpy as np
 cimport numpy as cnp
 from numpy cimport npy_intp
 from libc.stdlib cimport calloc
-from gufunc cimport Kernel, gufunc_loop
+from gufunc cimport Kernel, gufunc_loop, report_status
 from mvn cimport mvn_rows_f32, mvn_rows_f64, plan_mvn
 from mvn_grad cimport mvn_gradient_rows_f32, mvn_gradient_rows_f64, plan_mvn_gradient
 from sums cimport MAX_OPERANDS, Family, Format
@@ -20,6 +20,7 @@ include "categorical.pxi"
 include "normal.pxi"
 include "rows.pxi"
 include "gradients.pxi"
+include "standard.pxi"
 include "plain.pxi"
 
 cnp.import_array()
@@ -94,7 +95,7 @@ BFLOAT16 = ((<int> Format.BFLOAT16, "H", "f"),)
 
 
 cdef object row_gufunc(str name, str signature, Family family, tuple formats, bint normalize=True,
-                       int spread_p=0, int spread_q=0):
+                       int spread_p=0, int spread_q=0, bint standard_q=False):
     """Families that sum over the elements of a row. Where the sides of a normal give different
     things for the variance, float32 is computed in double."""
     cdef int first_loop = n_loops, first_type = n_types
@@ -105,6 +106,8 @@ cdef object row_gufunc(str name, str signature, Family family, tuple formats, bi
     for form, operand, result in formats:
         kernel = add_loop(inputs * operand + extra + result)
         kernel.rows = reduce_rows_f64 if mixed or operand == "d" else reduce_rows_f32
+        if standard_q:
+            kernel.rows = standard_rows_f64 if operand == "d" else standard_rows_f32
         kernel.plan = plan_rows
         kernel.family = family
         kernel.options = [form, normalize, spread_p, spread_q]
@@ -112,11 +115,14 @@ cdef object row_gufunc(str name, str signature, Family family, tuple formats, bi
     if formats is FORMATS:
         plain[name] = make_plain(
             gufunc, signature, &kernels[first_loop + 1], &kernels[first_loop + 2])
+        direct[name, 0] = make_direct(
+            &kernels[first_loop + 1], &kernels[first_loop + 2], inputs, len(extra), 0)
     return gufunc
 
 
 gufuncs = {}
 plain = {}  # the same for calls that need no preparation
+direct = {}  # the same by addresses, with `wanted` as of gradient_gufunc
 for suffix, formats in (("", FORMATS), ("_bfloat16", BFLOAT16)):
     gufuncs["discrete" + suffix] = row_gufunc(
         "discrete", "(k),(k)->()", Family.DISCRETE, formats)
@@ -129,6 +135,9 @@ for suffix, formats in (("", FORMATS), ("_bfloat16", BFLOAT16)):
             name = f"normal_{name_p}_{name_q}"
             gufuncs[name + suffix] = row_gufunc(
                 name, "(k),(k),(k),(k)->()", Family.NORMAL, formats, True, spread_p, spread_q)
+    gufuncs["normal_logvar_standard" + suffix] = row_gufunc(
+        "normal_logvar_standard", "(k),(k)->()", Family.NORMAL, formats, True,
+        Spread.LOG_VARIANCE, Spread.LOG_VARIANCE, standard_q=True)
 
 
 cdef object mvn_gufunc(str name, str signature, bint cov_p, bint cov_q, bint standard_q):
@@ -186,7 +195,7 @@ cdef Hook *new_hook() except NULL:
 
 
 SPREADS = {"scale": <int> Spread.SCALE, "var": <int> Spread.VARIANCE,
-           "logvar": <int> Spread.LOG_VARIANCE}
+           "logvar": <int> Spread.LOG_VARIANCE, "standard": <int> Spread.LOG_VARIANCE}
 
 
 cdef object mvn_gradient_gufunc(str name, int wanted):
@@ -218,18 +227,24 @@ def gradient_gufunc(name, int wanted):
     formats = BFLOAT16 if name.endswith("_bfloat16") else FORMATS
     family = {"discrete": Family.DISCRETE, "categorical": Family.CATEGORICAL,
               "normal": Family.NORMAL}[kind]
+    standard_q = "standard" in given
     spreads = [SPREADS[spread] for spread in given] if family == Family.NORMAL else [0, 0]
-    inputs, outputs = 4 if family == Family.NORMAL else 2, wanted.bit_count()
+    inputs, outputs = 4 if family == Family.NORMAL and not standard_q else 2, wanted.bit_count()
     extra = "dd" if family == Family.CATEGORICAL else "d"  # the temperature, the cotangent
     dtypes = []
     for i, (form, operand, result) in enumerate(formats):
         kernel = &hook.kernels[i]
         double = operand == "d" or spreads[0] != spreads[1]
         kernel.rows = gradient_rows_f64 if double else gradient_rows_f32
+        if standard_q:
+            kernel.rows = standard_rows_f64 if double else standard_rows_f32
         kernel.plan = plan_gradients
         kernel.family, kernel.wanted = family, wanted
         kernel.options = [form, given != ["plain"], spreads[0], spreads[1]]
         dtypes.append(inputs * operand + extra + (1 + outputs) * result)
+    if formats is FORMATS:
+        direct[name, wanted] = make_direct(
+            &hook.kernels[1], &hook.kernels[2], inputs, len(extra), outputs)
     signature = ",".join(["(k)"] * inputs + ["()"] * len(extra)) + "->" + ",".join(
         ["()"] + ["(k)"] * outputs)
     return hang_up(hook, name, signature, dtypes, inputs + len(extra), 1 + outputs)

@@ -16,7 +16,7 @@ from libc.math cimport exp as libm_exp, expm1 as libm_expm1, fabs, log
 from numpy cimport npy_intp
 from sums cimport (
     LANES, LaneParts, LaneSums, Row, Sums, Trait, across, add, clear_lanes, copy, element,
-    fold, keep_from,
+    fill, fold, keep_from,
     run_length,
 )
 from vecmath cimport (
@@ -256,11 +256,13 @@ cdef inline real through_spread(real half, real s, int spread) noexcept nogil:
     return half / s if spread == Spread.SCALE else half / (two * s)
 
 
-cdef inline void normal_slope_run(int spread_p, int spread_q, int wanted, const real **x, int n,
-                                  real cotangent, real **to) noexcept nogil:
-    """The gradients of n elements of each lane, LANES apart."""
+cdef inline void normal_slope_run(int spread_p, int spread_q, int wanted, const real **x,
+                                  const npy_intp *step, int n, const real *cotangents,
+                                  real **to) noexcept nogil:
+    """The gradients of n elements of each lane, `step` apart."""
     cdef int lane, i
     cdef real s_p, s_q, rest, m
+    cdef npy_intp step_0 = step[0], step_1 = step[1], step_2 = step[2], step_3 = step[3]
     cdef real one = 1
     cdef const real *loc_p = x[0]
     cdef const real *spread_of_p = x[1]
@@ -271,9 +273,11 @@ cdef inline void normal_slope_run(int spread_p, int spread_q, int wanted, const 
     cdef real square[LANES]
     cdef real excess[LANES]
     cdef real slope[LANES]
+    cdef real cotangent[LANES]
+    copy(cotangents, cotangent)
     for i in range(n):
         for lane in range(LANES):
-            s_q = spread_of_q[i * LANES + lane]
+            s_q = spread_of_q[i * step_3 + lane]
             if spread_q == Spread.LOG_VARIANCE and spread_p == Spread.LOG_VARIANCE:
                 inverse[lane] = exp(-s_q, <real> 0)
             else:
@@ -282,14 +286,14 @@ cdef inline void normal_slope_run(int spread_p, int spread_q, int wanted, const 
                 inverse[lane] = one / s_q
         if wanted & 13:
             for lane in range(LANES):
-                m = loc_p[i * LANES + lane] - loc_q[i * LANES + lane]
+                m = loc_p[i * step_0 + lane] - loc_q[i * step_2 + lane]
                 through_loc[lane] = m * inverse[lane]
                 if spread_p == Spread.SCALE and spread_q == Spread.SCALE:
                     square[lane] = through_loc[lane] * through_loc[lane]
                     through_loc[lane] *= inverse[lane]
                 else:
                     square[lane] = through_loc[lane] * m
-                through_loc[lane] *= cotangent
+                through_loc[lane] *= cotangent[lane]
             if wanted & 1:
                 copy(through_loc, to[0] + i * LANES)
             if wanted & 4:
@@ -299,43 +303,46 @@ cdef inline void normal_slope_run(int spread_p, int spread_q, int wanted, const 
         if wanted & 10:
             for lane in range(LANES):
                 excess[lane] = excess_ratio(
-                    spread_of_p[i * LANES + lane], spread_of_q[i * LANES + lane], spread_p,
+                    spread_of_p[i * step_1 + lane], spread_of_q[i * step_3 + lane], spread_p,
                     spread_q, inverse[lane])
             if wanted & 2:
                 for lane in range(LANES):
-                    s_p = spread_of_p[i * LANES + lane]
-                    slope[lane] = through_spread(excess[lane], s_p, spread_p) * cotangent
+                    s_p = spread_of_p[i * step_1 + lane]
+                    slope[lane] = through_spread(excess[lane], s_p, spread_p) * cotangent[lane]
                 copy(slope, to[1] + i * LANES)
             if wanted & 8:
                 for lane in range(LANES):
-                    s_q = spread_of_q[i * LANES + lane]
-                    slope[lane] = -cotangent * through_spread(
+                    s_q = spread_of_q[i * step_3 + lane]
+                    slope[lane] = -cotangent[lane] * through_spread(
                         excess[lane] + square[lane], s_q, spread_q)
                 copy(slope, to[3] + i * LANES)
 
 
-cdef void normal_slope_loop(const real **x, int n, const Row *row, int wanted, real cotangent,
-                            real **to) noexcept nogil:
+cdef void normal_slope_loop(const real **x, const npy_intp *step, int n, const Row *row, int wanted,
+                            const real *cotangents, real **to) noexcept nogil:
     cdef int p = row.spread_p, q = row.spread_q
     if p == Spread.SCALE and q == Spread.SCALE:
-        normal_slope_run(Spread.SCALE, Spread.SCALE, wanted, x, n, cotangent, to)
+        normal_slope_run(Spread.SCALE, Spread.SCALE, wanted, x, step, n, cotangents, to)
     elif p == Spread.VARIANCE and q == Spread.VARIANCE:
-        normal_slope_run(Spread.VARIANCE, Spread.VARIANCE, wanted, x, n, cotangent, to)
+        normal_slope_run(Spread.VARIANCE, Spread.VARIANCE, wanted, x, step, n, cotangents, to)
     elif p == Spread.LOG_VARIANCE and q == Spread.LOG_VARIANCE:
-        normal_slope_run(Spread.LOG_VARIANCE, Spread.LOG_VARIANCE, wanted, x, n, cotangent, to)
+        normal_slope_run(
+            Spread.LOG_VARIANCE, Spread.LOG_VARIANCE, wanted, x, step, n, cotangents, to)
     elif real is double:
         if p == Spread.SCALE and q == Spread.VARIANCE:
-            normal_slope_run(Spread.SCALE, Spread.VARIANCE, wanted, x, n, cotangent, to)
+            normal_slope_run(Spread.SCALE, Spread.VARIANCE, wanted, x, step, n, cotangents, to)
         elif p == Spread.SCALE:
-            normal_slope_run(Spread.SCALE, Spread.LOG_VARIANCE, wanted, x, n, cotangent, to)
+            normal_slope_run(Spread.SCALE, Spread.LOG_VARIANCE, wanted, x, step, n, cotangents, to)
         elif p == Spread.VARIANCE and q == Spread.SCALE:
-            normal_slope_run(Spread.VARIANCE, Spread.SCALE, wanted, x, n, cotangent, to)
+            normal_slope_run(Spread.VARIANCE, Spread.SCALE, wanted, x, step, n, cotangents, to)
         elif p == Spread.VARIANCE:
-            normal_slope_run(Spread.VARIANCE, Spread.LOG_VARIANCE, wanted, x, n, cotangent, to)
+            normal_slope_run(
+                Spread.VARIANCE, Spread.LOG_VARIANCE, wanted, x, step, n, cotangents, to)
         elif q == Spread.SCALE:
-            normal_slope_run(Spread.LOG_VARIANCE, Spread.SCALE, wanted, x, n, cotangent, to)
+            normal_slope_run(Spread.LOG_VARIANCE, Spread.SCALE, wanted, x, step, n, cotangents, to)
         else:
-            normal_slope_run(Spread.LOG_VARIANCE, Spread.VARIANCE, wanted, x, n, cotangent, to)
+            normal_slope_run(
+                Spread.LOG_VARIANCE, Spread.VARIANCE, wanted, x, step, n, cotangents, to)
 
 
 cdef void normal_slopes(const real **x, int n, const Row *row, double cotangent, int wanted,
@@ -343,13 +350,18 @@ cdef void normal_slopes(const real **x, int n, const Row *row, double cotangent,
     """The gradients of n elements, LANES or more once padded; the last lanes overlap."""
     cdef const real *last[4]
     cdef real *to_last[4]
+    cdef real cotangents[LANES]
+    cdef npy_intp step[4]
     cdef int operand
-    normal_slope_loop(x, n // LANES, row, wanted, <real> cotangent, to)
+    fill(cotangents, <real> cotangent)
+    for operand in range(4):
+        step[operand] = LANES
+    normal_slope_loop(x, step, n // LANES, row, wanted, cotangents, to)
     if n % LANES:
         for operand in range(4):
             last[operand] = x[operand] + n - LANES
             to_last[operand] = to[operand] + n - LANES
-        normal_slope_loop(last, 1, row, wanted, <real> cotangent, to_last)
+        normal_slope_loop(last, step, 1, row, wanted, cotangents, to_last)
 
 
 cdef inline double relative(double p, double q, int power) noexcept nogil:

@@ -1,8 +1,11 @@
 """Calls that need no preparation: ndarrays of one dtype, float32 or float64, as they come.
 
 One distribution alone goes straight to its kernel: NumPy's machinery for gufuncs takes longer than
-the divergence of a few elements.
+the divergence of a few elements. So do rows given by their addresses, from those who need no NumPy.
 """
+
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from libc.stdint cimport uintptr_t
 
 cdef extern from "numpy/arrayobject.h":
     object PyArray_Scalar(void *data, cnp.PyArray_Descr *dtype, object base)
@@ -110,3 +113,70 @@ def are_plain(*arrays):
         if cnp.PyArray_TYPE(x) != number:
             return False
     return number == cnp.NPY_FLOAT or number == cnp.NPY_DOUBLE
+
+
+cdef class Direct:
+    """A kernel of rows for those who know where rows lie: one after the other without gaps, those
+    of all arrays alike. NaN come without a word."""
+    cdef const Kernel *kernel_f32
+    cdef const Kernel *kernel_f64
+    cdef int n_arrays
+    cdef int n_numbers       # operands after them that have no core axis
+    cdef int n_gradients
+
+    def __call__(self, bint in_double, npy_intp n, npy_intp length, tuple arrays, tuple numbers,
+                 uintptr_t values, tuple gradients=()):
+        """The sum of the values of n rows, in double. Arrays and results are addresses, `values` 0
+        where they are not wanted; numbers are floats, or addresses of n doubles."""
+        cdef const Kernel *kernel = self.kernel_f64 if in_double else self.kernel_f32
+        cdef npy_intp size = sizeof(double) if in_double else sizeof(float)
+        cdef char *data[3 * MAX_OPERANDS]
+        cdef npy_intp sizes[2]
+        cdef npy_intp steps[6 * MAX_OPERANDS]
+        cdef double constants[MAX_OPERANDS]
+        cdef double total = 0, rest = 0
+        cdef void *scratch = NULL
+        cdef npy_intp row
+        cdef int i, at = 0, inner = kernel.n_operands
+        if len(arrays) != self.n_arrays or len(numbers) != self.n_numbers or (
+                len(gradients) != self.n_gradients):
+            raise TypeError("operands that the kernel does not have")
+        sizes[0], sizes[1] = n, length
+        for i in range(self.n_arrays):
+            data[at] = <char *> <uintptr_t> arrays[i]
+            steps[at], steps[inner] = length * size, size
+            at, inner = at + 1, inner + 1
+        for i in range(self.n_numbers):
+            if type(numbers[i]) is float:
+                constants[i] = numbers[i]
+                data[at], steps[at] = <char *> &constants[i], 0
+            else:
+                data[at], steps[at] = <char *> <uintptr_t> numbers[i], sizeof(double)
+            at += 1
+        if values == 0:
+            scratch = PyMem_Malloc(max(n, 1) * size)
+            if scratch == NULL:
+                raise MemoryError
+            values = <uintptr_t> scratch
+        data[at], steps[at] = <char *> values, size
+        at += 1
+        for i in range(self.n_gradients):
+            data[at] = <char *> <uintptr_t> gradients[i]
+            steps[at], steps[inner] = length * size, size
+            at, inner = at + 1, inner + 1
+        gufunc_loop(data, sizes, steps, kernel)
+        report_status(0)
+        for row in range(n):
+            total = two_sum(total, (<double *> values)[row] if in_double else (
+                <float *> values)[row], &rest)
+        PyMem_Free(scratch)
+        # beyond infinity the rest is not a number
+        return total + rest if total - total == 0 else total
+
+
+cdef object make_direct(const Kernel *kernel_f32, const Kernel *kernel_f64, int n_arrays,
+                        int n_numbers, int n_gradients):
+    cdef Direct direct = Direct.__new__(Direct)
+    direct.kernel_f32, direct.kernel_f64 = kernel_f32, kernel_f64
+    direct.n_arrays, direct.n_numbers, direct.n_gradients = n_arrays, n_numbers, n_gradients
+    return direct

@@ -135,6 +135,30 @@ static inline double expm1_f64(double x, double rest) {
     return power * (phi_near_f64(r) + r) + (power - 1.0);
 }
 
+/* phi(x) and, in `grown`, e^x - 1, same ranges, with the shortest chain of steps; 4 ulp. In float,
+ * where there are fused multiply-adds, ln 2 counts in one part: n times what that lacks is 2.4e-7
+ * at most. */
+static inline float phi_and_expm1_f32(float x, float *grown) {
+    float shifted = x * (float)LOG2_E + MAGIC_F32, n = shifted - MAGIC_F32;
+    float power = pow2_shifted_f32(shifted), step = power - 1.0f;
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    float r = fmaf(-n, 0x1.62e43p-1f, x), far = fmaf(-n, 0x1.62e43p-1f, step);
+#else
+    float r = reduce_f32(x, n), far = (step - n * LN2_HIGH_F32) - n * LN2_LOW_F32;
+#endif
+    float square = r * r;
+    float q = (1.9890988455544567e-4f * r + 1.3933647862928863e-3f) * square
+              + (8.333310927615311e-3f * r + 4.1666464944505696e-2f);
+    q = q * square + (1.6666666681621095e-1f * r + 0.5000000013463886f);
+    float linear = q * square + r;
+    *grown = power * linear + step;
+    return q * square + (step * linear + far);
+}
+static inline double phi_and_expm1_f64(double x, double *grown) {
+    *grown = expm1_f64(x, 0);
+    return phi_f64(x, 0);
+}
+
 /* The integer e for which x / (y * 2^e) lies in [2^-0.59, 2^0.59], as a floating-point number:
  * the bits of a positive number, read as an integer, are its logarithm to 0.09.
  * x, y positive and normal. */

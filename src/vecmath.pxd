@@ -14,6 +14,8 @@ cdef extern from "vecmath.h" nogil:
     double phi_f64(double x, double rest)
     float phi_near_f32(float x)
     double phi_near_f64(double x)
+    float phi_and_expm1_f32(float x, float *grown)
+    double phi_and_expm1_f64(double x, double *grown)
     float expm1_f32(float x, float rest)
     double expm1_f64(double x, double rest)
     float ratio_exponent_f32(float x, float y)
@@ -58,6 +60,13 @@ cdef inline real phi_near(real x) noexcept nogil:
         return phi_near_f32(x)
     else:
         return phi_near_f64(x)
+
+
+cdef inline real phi_and_expm1(real x, real *grown) noexcept nogil:
+    if real is float:
+        return phi_and_expm1_f32(x, grown)
+    else:
+        return phi_and_expm1_f64(x, grown)
 
 
 cdef inline real expm1(real x, real rest) noexcept nogil:

@@ -94,8 +94,10 @@ def kl_categorical(logits_p, logits_q, *, temperature=1.0):
     )
 
 
-def kl_normal(loc_p, loc_q, **spreads):
-    """Gradients for means and spreads."""
+def kl_normal(loc_p, loc_q=None, **spreads):
+    """Gradients for means and spreads; no loc_q: Q is N(0, I)."""
+    if loc_q is None:
+        loc_q = spreads["logvar_q"] = np.zeros_like(loc_p)
     (name_p, spread_p), (name_q, spread_q) = sorted(spreads.items(), key=lambda item: item[0][-1])
     least = 0 if name_p[:-2] == name_q[:-2] else arb(1e-7)
     columns = {name: [] for name in ("loc_p", name_p, "loc_q", name_q)}

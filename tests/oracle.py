@@ -99,8 +99,11 @@ def kl_categorical(logits_p, logits_q, *, temperature=1.0):
 VARIANCE = {"scale": lambda x: x * x, "var": lambda x: x, "logvar": lambda x: x.exp()}
 
 
-def kl_normal(loc_p, loc_q, **spreads):
-    """KL of diagonal Gaussians; `spreads` are two of scale_p, var_p, logvar_p, scale_q, …"""
+def kl_normal(loc_p, loc_q=None, **spreads):
+    """KL of diagonal Gaussians; `spreads` are two of scale_p, var_p, logvar_p, scale_q, …, or one
+    and no loc_q: Q is N(0, I)."""
+    if loc_q is None:
+        loc_q = spreads["logvar_q"] = np.zeros_like(loc_p)
     (name_p, spread_p), (name_q, spread_q) = sorted(spreads.items(), key=lambda item: item[0][-1])
     variance_p, variance_q = VARIANCE[name_p[:-2]], VARIANCE[name_q[:-2]]
 

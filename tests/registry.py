@@ -178,6 +178,12 @@ def make_normal(spread_p, spread_q):
     return make
 
 
+def make_standard(rng, shape, near=None):
+    """Give means and log-variances, of normals beside N(0, I)."""
+    size = 1.0 if near is None else near
+    return {"loc_p": size * rng.normal(size=shape), "logvar_p": size * rng.normal(size=shape)}
+
+
 def make_factors(rng, shape, near=None):
     """Give means and well-conditioned lower Cholesky factors."""
     square = (*shape, shape[-1])
@@ -218,6 +224,7 @@ ENTRIES = [
     Entry("normal-var-scale", "kl_normal", make_normal("var", "scale"), oracle.kl_normal),
     Entry("normal-logvar-scale", "kl_normal", make_normal("logvar", "scale"), oracle.kl_normal),
     Entry("normal-var-logvar", "kl_normal", make_normal("var", "logvar"), oracle.kl_normal),
+    Entry("normal-standard", "kl_normal", make_standard, oracle.kl_normal),
     Entry("mvn", "kl_mvn", make_factors, oracle.kl_mvn, FACTORS, core=2, max_size=17),
 ]
 IDS = {entry.id: entry for entry in ENTRIES}

@@ -103,7 +103,8 @@ def test_broadcasting(entry, size, dtype):
         p, q = entry.inputs(dtype, batch_p, size), entry.inputs(dtype, batch_q, size, seed=1)
         arrays = {name: (p if name.endswith("p") else q)[name] for name in p}
         got = entry(arrays)
-        assert got.shape == np.broadcast_shapes(batch_p, batch_q)
+        batches = [batch_p if name.endswith("p") else batch_q for name in p]
+        assert got.shape == np.broadcast_shapes(*batches)
         if got.size:
             entry.check(got, arrays)
 

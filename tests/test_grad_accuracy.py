@@ -154,6 +154,8 @@ def test_mpmath_differentiates_to_the_same():
 def definition(entry, rows):
     """KL in mpmath."""
     if entry.function == "kl_normal":
+        zeros = [mpmath.mpf(0)] * len(rows["loc_p"])
+        rows = rows if "loc_q" in rows else {**rows, "loc_q": zeros, "logvar_q": zeros}
         variance = {"scale": lambda x: x * x, "var": lambda x: x, "logvar": mpmath.exp}
         (kind_p, s), (kind_q, u) = sorted(
             ((k, x) for k, x in rows.items() if not k.startswith("loc")), key=lambda kx: kx[0][-1]

@@ -141,3 +141,31 @@ def test_weights_that_are_subnormal():
     assert np.isfinite(value)
     np.testing.assert_array_equal(to_p, [INF, -INF, 0])
     np.testing.assert_array_equal(to_q, [-INF, INF, 0])
+
+
+SHORT = [IDS[name] for name in ("discrete", "discrete-raw", "categorical", "categorical-masked")]
+SHORT += [IDS[name] for name in ("discrete-totals", "normal-scale", "normal-standard")]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("size", [1, 3, 10, 31])
+@pytest.mark.parametrize("entry", SHORT, ids=lambda e: e.id)
+def test_short_rows_do_not_depend_on_their_neighbours(entry, size, dtype):
+    """They are computed side by side: among them bad ones, far ones, and one whose cotangent is
+    0."""
+    with np.errstate(over="ignore"):  # in float16
+        arrays = entry.inputs(dtype, (21,), size)
+        for name, x in arrays.items():
+            x[3] = np.nan
+            x[4], x[13] = 1e-6 * x[4], 60 * x[13] if dtype == "float16" else 1e9 * x[13]
+            x[12] = np.inf if name.startswith("log") else -1.0
+    cotangent = np.where(np.arange(21) == 8, 0, np.linspace(-1, 2, 21))
+    function = getattr(klfast.grad, entry.function)
+    with np.errstate(all="ignore"):
+        together = function(**arrays, **entry.options, wrt=tuple(arrays), cotangent=cotangent)
+        for i in range(21):
+            one = {name: x[i] for name, x in arrays.items()}
+            alone = function(**one, **entry.options, wrt=tuple(one), cotangent=cotangent[i])
+            for got, want in zip(together, alone, strict=True):
+                np.testing.assert_array_equal(got[i], want)
+    assert not any(g[8].any() for g in together[1:])

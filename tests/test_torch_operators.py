@@ -232,12 +232,12 @@ def test_second_derivatives_are_refused(entry):
 def test_one_side_costs_that_side_alone(entry, monkeypatch):
     asked = []
 
-    def spy(call, tensors, wanted, cotangent):
+    def spy(call, cotangent, tensors, wanted):
         asked.append([name for name, wants in zip(call.names, wanted, strict=True) if wants])
-        return value_and_gradients(call, tensors, wanted, cotangent)
+        return gradients_of(call, cotangent, tensors, wanted)
 
-    value_and_gradients = _autograd.value_and_gradients
-    monkeypatch.setattr(_autograd, "value_and_gradients", spy)
+    gradients_of = _autograd.gradients_of
+    monkeypatch.setattr(_autograd, "gradients_of", spy)
     for name in make(entry):
         tensors = make(entry, requires_grad=False)
         tensors[name].requires_grad_()
@@ -416,3 +416,29 @@ def test_without_torch_klfast_does_not_import_it():
     import fresh
 
     fresh.run("import sys, klfast; assert 'torch' not in sys.modules")
+
+
+@entries
+@pytest.mark.parametrize("batch", [(), (1,), (9,), (2, 3), (2, 0)], ids=str)
+def test_layouts_make_no_difference(entry, batch):
+    """Rows without gaps go to the kernels by their addresses, all others as arrays."""
+    together, apart = make(entry, "float32", batch), {}
+    for name, x in together.items():
+        wide = x.detach().new_zeros(*x.shape[:-1], 2 * x.shape[-1])
+        apart[name] = wide[..., ::2].copy_(x.detach()).requires_grad_()
+    results = [call(entry, tensors) for tensors in (together, apart)]
+    assert torch.equal(*results)
+    weight = torch.linspace(-1, 1, max(1, results[0].numel()))[: results[0].numel()]
+    for result in results:
+        result.backward(weight.reshape(batch))
+    for name, x in together.items():
+        assert torch.equal(x.grad, apart[name].grad)
+
+
+def test_negated_views_are_read_as_what_they_stand_for():
+    complex_loc = torch.complex(torch.tensor([[1.0]]), torch.tensor([[2.0]]))
+    loc, one = complex_loc.conj().imag, torch.ones(1, 1)
+    assert loc.is_neg()
+    assert loc.is_contiguous()
+    got = klfast.torch.kl_normal(loc, one, one, one)
+    torch.testing.assert_close(got, torch.tensor([4.5]))

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from klfast._arguments import check_axis
 from klfast.grad._shared import call_plainly, check_wrt, gradients, in_order, same_dtype
-from klfast.normal import STANDARD, kind_of
+from klfast.normal import kernel_name, kind_of, standard
 
 __all__ = ["kl_normal"]
 
@@ -107,13 +107,13 @@ def kl_normal(
         )
     wanted = check_wrt(wrt, tuple(given))
     bits = in_order(tuple(given), wanted)
-    if bits and loc_q is not None and axis == -1 and out is None:
-        kernel = f"normal_{kind_p}_{kind_q}"
+    implied = {} if loc_q is not None else standard(kind_p)
+    kernel = kernel_name(kind_p, kind_q, "q" if loc_q is not None else implied)
+    if bits and not implied and axis == -1 and out is None:
         results = call_plainly(kernel, tuple(given.values()), bits, cotangent)
         if results is not None:
             return results
-    standard = {} if loc_q is not None else {"loc_q": 0.0, f"{kind_q}_q": STANDARD[kind_q]}
-    kernel, arrays = same_dtype(f"normal_{kind_p}_{kind_q}", given | standard)
+    kernel, arrays = same_dtype(kernel, given | implied)
     shapes = {argument: x.shape for argument, x in arrays.items()}
     try:
         shape = np.broadcast_shapes(*shapes.values())
@@ -131,14 +131,14 @@ def kl_normal(
         return full[..., None] if isinstance(axis, tuple) else np.moveaxis(full, axis, -1)
 
     operands = {name: layout(np.broadcast_to(x, shape)) for name, x in arrays.items()}
-    for argument in standard:  # a row of its own is read in place
+    for argument in implied:  # a row of its own is read in place
         operands[argument] = np.full(operands["loc_p"].shape[-1], arrays[argument])
     return gradients(
         kernel,
         operands,
         wanted,
         shapes=shapes,
-        cores=[1] * 4,
+        cores=[1] * len(operands),
         layout=layout,
         cotangent=cotangent,
         out=out,

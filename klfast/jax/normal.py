@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from klfast.jax._calls import as_arrays, over_axis, promoted
-from klfast.normal import STANDARD, kind_of
+from klfast.normal import kernel_name, kind_of, standard
 
 __all__ = ["kl_normal"]
 
@@ -80,38 +80,28 @@ def kl_normal(
     [1. 2.]
     """
     kind_p, spread_p = kind_of("p", scale_p, var_p, logvar_p)
-    kind_q, spread_q = kind_p, STANDARD[kind_p]
+    kind_q, spread_q = kind_p, None
     if loc_q is not None:
         kind_q, spread_q = kind_of("q", scale_q, var_q, logvar_q)
     elif not (scale_q is None and var_q is None and logvar_q is None):
         raise TypeError(
             "loc_q is missing: give it with the spread of q, or leave q out for N(0, I)"
         )
-    arrays = as_arrays(
-        **{
-            "loc_p": loc_p,
-            f"{kind_p}_p": spread_p,
-            "loc_q": 0.0 if loc_q is None else loc_q,
-            f"{kind_q}_q": spread_q,
-        }
-    )
-    name = f"normal_{kind_p}_{kind_q}"
-    result: jax.Array = _compiled(name, tuple(arrays), *arrays.values(), axis, keepdims)
+    q = standard(kind_p) if loc_q is None else {"loc_q": loc_q, f"{kind_q}_q": spread_q}
+    arrays = as_arrays(**{"loc_p": loc_p, f"{kind_p}_p": spread_p} | q)
+    name = kernel_name(kind_p, kind_q, q)
+    result: jax.Array = _compiled(name, tuple(arrays), axis, keepdims, *arrays.values())
     return result
 
 
-@partial(jax.jit, static_argnums=(0, 1, 6, 7), inline=True)
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
 def _compiled(
     name: str,
     names: tuple[str, ...],
-    loc_p: Any,
-    spread_p: Any,
-    loc_q: Any,
-    spread_q: Any,
     axis: int | tuple[()],
     keepdims: bool,
+    *operands: Any,
 ) -> jax.Array:
-    operands = (loc_p, spread_p, loc_q, spread_q)
     arrays = promoted(dict(zip(names, operands, strict=True)))
     if isinstance(axis, tuple):
         if axis != ():

@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from klfast.normal import kernel_name, standard
 from klfast.torch._tensors import (
     Call,
     as_array,
+    gradients_of,
     is_plain,
     is_traced,
     needs_gradient,
     transforms_active,
     value,
-    value_and_gradients,
 )
 
 
@@ -59,10 +60,20 @@ def discrete_call(normalize: bool) -> Call:
 
 
 def categorical_call(temperature: float | Tensor) -> Call:
-    t = as_array(temperature) if isinstance(temperature, Tensor) else temperature
+    if isinstance(temperature, Tensor):
+        return of_temperature(as_array(temperature), None)
+    return at_temperature(temperature)
+
+
+@functools.lru_cache
+def at_temperature(temperature: float) -> Call:
+    return of_temperature(temperature, "categorical" if 0 < temperature < math.inf else None)
+
+
+def of_temperature(temperature: Any, kernel: str | None) -> Call:
+    options = {"temperature": temperature}
     names = ("logits_p", "logits_q")
-    kernel = "categorical" if type(t) is float and 0 < t < math.inf else None
-    return Call("kl_categorical", names, {"temperature": t}, kernel, (t,), reads_bits=True)
+    return Call("kl_categorical", names, options, kernel, (temperature,), reads_bits=True)
 
 
 def sides(kind_p: str, kind_q: str) -> tuple[str, ...]:
@@ -72,8 +83,10 @@ def sides(kind_p: str, kind_q: str) -> tuple[str, ...]:
 
 @functools.cache
 def normal_call(kind_p: str, kind_q: str) -> Call:
-    kernel = f"normal_{kind_p}_{kind_q}" if kind_q else None
-    return Call("kl_normal", sides(kind_p, kind_q), {}, kernel, reads_bits=bool(kind_q))
+    names = sides(kind_p, kind_q)
+    implied = {} if kind_q else standard(kind_p)
+    kernel = None if implied else kernel_name(kind_p, kind_q, names[2:])
+    return Call("kl_normal", names, {}, kernel, reads_bits=not implied)
 
 
 @functools.cache
@@ -112,10 +125,8 @@ FAMILIES = {
 def differentiate(ctx: Any, cotangent: Tensor) -> Any:
     """The backward pass of Divergence and Transformed."""
     wanted = ctx.needs_input_grad[2:]
-    call = (ctx.name, ctx.arguments, wanted, cotangent, *ctx.saved_tensors)
-    direct = is_plain(cotangent) and not torch.is_grad_enabled()
-    gradients = Gradient.forward(*call) if direct else Gradient.apply(*call)
-    return None, None, *at_their_places(gradients, wanted)
+    arguments = (ctx.name, ctx.arguments, wanted, cotangent, *ctx.saved_tensors)
+    return None, None, *at_their_places(Gradient.apply(*arguments), wanted)
 
 
 class Divergence(torch.autograd.Function):
@@ -124,10 +135,17 @@ class Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, name: str, arguments: tuple[Any, ...], *tensors: Tensor) -> Tensor:
         ctx.name, ctx.arguments = name, arguments
+        ctx.call = FAMILIES[name].call(*arguments)
         ctx.save_for_backward(*tensors)
-        return compute(name, arguments, tensors)
+        return value(ctx.call, tensors)
 
-    backward = staticmethod(differentiate)
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        if torch.is_grad_enabled() or not is_plain(cotangent):
+            return differentiate(ctx, cotangent)
+        wanted = ctx.needs_input_grad[2:]
+        gradients = gradients_of(ctx.call, cotangent, ctx.saved_tensors, wanted)
+        return None, None, *at_their_places(gradients, wanted)
 
 
 class Transformed(torch.autograd.Function):
@@ -189,12 +207,6 @@ def at_their_places(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> tupl
     """A gradient for each wanted argument, None for the others."""
     following = iter(gradients)
     return tuple(next(following) if wants else None for wants in wanted)
-
-
-def gradients_of(
-    call: Call, cotangent: Tensor, tensors: Sequence[Tensor], wanted: Sequence[bool]
-) -> list[Tensor]:
-    return value_and_gradients(call, tensors, wanted, as_array(cotangent))[1]
 
 
 def compute(name: str, arguments: tuple[Any, ...], tensors: Sequence[Tensor]) -> Tensor:

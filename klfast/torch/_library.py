@@ -13,10 +13,9 @@ from klfast.torch._autograd import (
     FAMILIES,
     Family,
     at_their_places,
-    gradients_of,
     no_second_derivatives,
 )
-from klfast.torch._tensors import Call, result_dtype, value
+from klfast.torch._tensors import Call, gradients_of, result_dtype, value
 
 
 def split(family: Family, arguments: Sequence[Any]) -> tuple[list[Tensor], Call]:

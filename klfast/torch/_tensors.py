@@ -58,7 +58,10 @@ def is_plain(*tensors: Tensor) -> bool:
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    for x in tensors:
+        if x.requires_grad:
+            return torch.is_grad_enabled()
+    return False
 
 
 def check(arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -131,7 +134,54 @@ def as_arrays(call: Call, tensors: Sequence[Tensor]) -> list[Any]:
     return [as_array(x) for x in tensors]
 
 
+def lie_alike(call: Call, tensors: Sequence[Tensor]) -> bool:
+    """Whether the call's kernel can go straight to the memory of these: rows of one shape, one
+    after the other without gaps, of a dtype of its own."""
+    if call.kernel is None:
+        return False
+    shape, dtype = tensors[0].shape, tensors[0].dtype
+    if (dtype is not torch.float32 and dtype is not torch.float64) or not shape or 0 in shape:
+        return False
+    for x in tensors:  # noqa: SIM110, a generator takes three times as long
+        if x.shape != shape or not x.is_contiguous() or x.is_neg():
+            return False
+    return True
+
+
+def direct(
+    call: Call,
+    tensors: Sequence[Tensor],
+    wanted: Sequence[bool],
+    cotangent: float | Tensor,
+    into: Tensor | None = None,
+) -> tuple[float, list[Tensor]]:
+    """The sum of the values of tensors that lie alike, the values into a tensor, and gradients."""
+    shape = tensors[0].shape
+    rows, bits, numbers = shape[:-1].numel(), 0, call.extra
+    gradients = []
+    for i, wants in enumerate(wanted):
+        if wants:
+            bits |= 1 << i
+            gradients.append(torch.empty_like(tensors[i]))
+    if bits:
+        numbers += (cotangent.data_ptr() if isinstance(cotangent, Tensor) else cotangent,)
+    total = _kernels.direct(call.kernel, bits)(
+        tensors[0].dtype is torch.float64,
+        rows,
+        shape[-1],
+        tuple([x.data_ptr() for x in tensors]),
+        numbers,
+        0 if into is None else into.data_ptr(),
+        tuple([x.data_ptr() for x in gradients]),
+    )
+    return total, gradients
+
+
 def value(call: Call, tensors: Sequence[Tensor]) -> Tensor:
+    if lie_alike(call, tensors):
+        result = torch.empty(tensors[0].shape[:-1], dtype=tensors[0].dtype, device="cpu")
+        direct(call, tensors, (), 1.0, result)
+        return result
     arrays = as_arrays(call, tensors)
     with np.errstate(all="ignore"):  # NaN comes without a word, as it does in PyTorch
         if call.kernel is not None:
@@ -140,6 +190,15 @@ def value(call: Call, tensors: Sequence[Tensor]) -> Tensor:
                 return as_tensor(result)
         function = getattr(klfast, call.function)
         return as_tensor(function(**dict(zip(call.names, arrays, strict=True)), **call.options))
+
+
+def gradients_of(
+    call: Call, cotangent: Tensor, tensors: Sequence[Tensor], wanted: Sequence[bool]
+) -> list[Tensor]:
+    """Those of the wanted tensors."""
+    if lie_alike(call, tensors) and cotangent.shape == tensors[0].shape[:-1]:
+        return direct(call, tensors, wanted, cotangent.double().contiguous())[1]
+    return value_and_gradients(call, tensors, wanted, as_array(cotangent))[1]
 
 
 def value_and_gradients(

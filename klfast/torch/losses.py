@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,9 @@ from klfast.torch._tensors import (
     as_array,
     check,
     check_one,
+    direct,
     is_plain,
+    lie_alike,
     needs_gradient,
     value,
     value_and_gradients,
@@ -74,11 +77,9 @@ class Distillation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, weight: Any) -> Any:
         ctx.wanted = ctx.needs_input_grad[1::-1]
-        rows, gradients = value_and_gradients(
-            categorical_call(temperature), (teacher, student), ctx.wanted, weight
-        )
+        loss, gradients = weighted(temperature, (teacher, student), ctx.wanted, weight)
         ctx.save_for_backward(*gradients)
-        return weighted_sum(rows, weight)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
@@ -90,6 +91,21 @@ class Distillation(torch.autograd.Function):
             gradients = [g * upstream.to(g.dtype) for g in gradients]
         teacher, student = at_their_places(gradients, ctx.wanted)
         return student, teacher, None, None
+
+
+def weighted(
+    temperature: float, tensors: tuple[Tensor, Tensor], wanted: Sequence[bool], weight: Any
+) -> tuple[Tensor, list[Tensor]]:
+    """Σ weight · KL(teacher‖student), and the wanted gradients."""
+    call = categorical_call(temperature)
+    if type(weight) is float and lie_alike(call, tensors):
+        total, gradients = direct(call, tensors, wanted, weight)
+        dtype = tensors[0].dtype
+        return torch.scalar_tensor(total * weight, dtype=dtype, device="cpu"), gradients
+    if not any(wanted):
+        return weighted_sum(value(call, tensors).numpy(), weight), []
+    rows, gradients = value_and_gradients(call, tensors, wanted, weight)
+    return weighted_sum(rows, weight), gradients
 
 
 def weighted_sum(rows: Any, weight: Any) -> Tensor:
@@ -170,8 +186,7 @@ def distillation_loss(
     if needs_gradient(student, teacher):
         loss: Tensor = Distillation.apply(student, teacher, temperature, weight)
         return loss
-    rows = value(categorical_call(temperature), (teacher, student))
-    return weighted_sum(rows.numpy(), weight)
+    return weighted(temperature, (teacher, student), (), weight)[0]
 
 
 def rows_that_count(
