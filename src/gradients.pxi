@@ -247,24 +247,19 @@ cdef void sum_group(Group *group, real *buffer, const real **x, npy_intp *step) 
     cdef const Row *row = &group.rows.first
     cdef double before[LANES]
     cdef int lane, attempt
-    group.parts.scaled = False
-    for lane in range(LANES):
-        before[lane], group.parts.ratio[lane] = -1, 1
-        group.parts.shift[lane] = group.parts.peak[lane] = 0
-        group.parts.doubtful[lane] = 0
+    fill(before, <double> -1)
+    begin_parts(&group.parts)
     load_strip(&group.rows, 0, <int> row.length, buffer, x, step)
-    columns(row, x, step, <int> row.length, &group.parts)
+    columns(row, x, step, <int> row.length, True, &group.parts)
     finish_lanes(row, &group.parts, group.values, group.conditions)
     for attempt in range(2):
         for lane in range(LANES):
             group.slopes[lane].value = group.values[lane]
             if before[lane] < 0 and group.conditions[lane] >= 0:
                 lane_slope(row, &group.parts, lane, &group.slopes[lane], buffer[0])
-        if attempt or row.family != Family.DISCRETE or not row.normalize or all_good(
-                group.conditions):
+        if attempt or not can_refine(row) or all_good(group.conditions):
             return
-        for lane in range(LANES):
-            before[lane] = group.conditions[lane]
+        copy(group.conditions, before)
         refine_rows(&group.rows, buffer, x, step, &group.parts, group.values, group.conditions)
 
 
