@@ -217,7 +217,7 @@ static inline float atanh_tail_f32(float s) {
     float t = 0.2996638361610413f;
     t = t * u + 0.39978694029211753f;
     t = t * u + 0.6666671445606002f;
-    return t * u * s;
+    return t * (u * s);
 }
 static inline double atanh_tail_f64(double s) {
     double u = s * s;
@@ -229,7 +229,7 @@ static inline double atanh_tail_f64(double s) {
     t = t * u + 0.2857142856714695;
     t = t * u + 0.4000000000000823;
     t = t * u + 0.6666666666666666;
-    return t * u * s;
+    return t * (u * s);
 }
 
 /* c - a*b rounded once. fma() is a library call where the processor has none: there, double for

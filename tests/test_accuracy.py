@@ -204,6 +204,21 @@ def test_long_row(entry):
     entry.check(entry(arrays), arrays)
 
 
+@pytest.mark.parametrize("spread", [0.5, 1, 2, 3, 5])
+@pytest.mark.parametrize("offset", [0, 20])
+def test_far_apart_and_peaked_logits(spread, offset):
+    """The sums of e^a and e^b alone, and the choice to leave it at them. float64 has a bound of its
+    own, and takes thousands of rows quickly."""
+    rng = np.random.default_rng(11)
+    a, b = spread * rng.normal(size=(2, 3000, 100)).astype(np.float32)
+    a[::2, 0] += 10
+    b[::3, -1] += 12
+    b += np.float32(offset)
+    arrays = {"logits_p": a, "logits_q": b}
+    exact = klfast.kl_categorical(a.astype(np.float64), b.astype(np.float64))
+    assert_close(klfast.kl_categorical(a, b), exact, exact, ROWS["float32"], arrays)
+
+
 def test_oracle_agrees_with_mpmath():
     rng = np.random.default_rng(0)
     p = rng.random(50)
