@@ -396,27 +396,19 @@ cdef void range_of(const real *a, int n, double *lowest, double *highest) noexce
         lowest[0], highest[0] = smaller(least(low), lowest[0]), larger(largest(high), highest[0])
 
 
-cdef inline bint finish_by_logs(double weight, double moment, double square, double other,
-                                double farthest, Sums *into,
+cdef inline bint finish_by_logs(const Weighed *lanes, double lowest, double highest, Sums *into,
                                 real of_type) noexcept nogil:
     """The sums of a block from E_P[a - b] and the sums of e^a and e^b; False where P and Q are too
     close to each other."""
-    cdef double change
-    if not (farthest < offset_limit(of_type) and weight > 0):
+    cdef double weight = across(lanes.weight), change
+    if not (larger(highest, -lowest) < offset_limit(of_type) and weight > 0):
         return False
-    into.shift = moment / weight
-    change = into.shift + log(other / weight)
-    if not change > 0.5 + 0.66 * sqrt(square / weight):
+    into.shift = across(lanes.moment) / weight
+    change = into.shift + log(across(lanes.other) / weight)
+    if not change > 0.5 + 0.66 * sqrt(across(lanes.square) / weight):
         return False
     into.weight, into.divergence, into.drift = weight, weight * libm_expm1(change), 0
     return True
-
-
-cdef inline bint finish_block_by_logs(const Weighed *sums, double lowest, double highest,
-                                      Sums *into, real of_type) noexcept nogil:
-    return finish_by_logs(
-        across(sums.weight), across(sums.moment), across(sums.square), across(sums.other),
-        larger(highest, -lowest), into, of_type)
 
 
 cdef inline bint weigh_block(int loop, const real **x, int n, const real *constants, real *weights,
@@ -432,14 +424,14 @@ cdef inline bint weigh_block(int loop, const real **x, int n, const real *consta
         begin = min(steps, 16)
         weigh_loop(
             loop, True, x[0], x[1], LANES, LANES, begin, 0, constants, weights, low, high, sums)
-        both = finish_block_by_logs(sums, least(low), largest(high), &part, <real> 0)
+        both = finish_by_logs(sums, least(low), largest(high), &part, <real> 0)
     weigh_loop(
         loop, both, x[0] + begin * LANES, x[1] + begin * LANES, LANES, LANES, steps - begin, 0,
         constants, weights + begin * LANES, low, high, sums)
     if first:
         weigh_loop(loop, both, x[0] + last, x[1] + last, LANES, LANES, 1, first, constants,
                    weights + steps * LANES, low, high, sums)
-    return both and finish_block_by_logs(sums, least(low), largest(high), into, <real> 0)
+    return both and finish_by_logs(sums, least(low), largest(high), into, <real> 0)
 
 
 cdef void categorical_block(const real **x, int n, double beta, Sums *into) noexcept nogil:
@@ -789,8 +781,8 @@ cdef inline void slope_constants(const Slope *slopes, int each, real *constants)
 
 
 cdef void categorical_slope_loop(int loop, int wanted, const real *a, const real *b,
-                                 npy_intp step_a, npy_intp step_b, int n, const real *constants, real *to_a,
-                                 real *to_b) noexcept nogil:
+                                 npy_intp step_a, npy_intp step_b, int n, const real *constants,
+                                 real *to_a, real *to_b) noexcept nogil:
     if loop == Loop.PLAIN:
         categorical_slope_run(
             Loop.PLAIN, wanted, a, b, step_a, step_b, n, constants, to_a, to_b)

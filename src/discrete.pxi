@@ -22,8 +22,8 @@ from sums cimport (
     largest, least, run_length, round_off, two_sum,
 )
 from vecmath cimport (
-    INFINITY, LN2, NAN, at_least, atanh_tail, larger, match_exponent, ratio_exponent, ratio_log, real,
-    residual_product, smaller,
+    INFINITY, LN2, NAN, at_least, atanh_tail, larger, match_exponent, ratio_exponent, ratio_log,
+    real, residual_product, smaller,
 )
 
 

@@ -142,8 +142,8 @@ cdef void normal_loop(const real **x, const npy_intp *step, int n, int first, co
 
 
 cdef void normal_block(const real **x, int n, const Row *row, Sums *into) noexcept nogil:
-    """Add n elements, twice, LANES or more once padded; the last lanes overlap what was added before
-    and do not count."""
+    """Add n elements, twice, LANES or more once padded; the last lanes overlap what was added
+    before and do not count."""
     cdef LaneSums lanes
     cdef real doubts[LANES]
     cdef const real *last[4]

@@ -763,8 +763,8 @@ cdef inline bint in_bands(const Batch *batch, const Kernel *kernel, real of_type
 cdef inline int finish_group(const Batch *batch, npy_intp first, int used, const Kernel *kernel,
                              Watch *watch, double *values, const double *conditions,
                              real of_type) noexcept nogil:
-    """Store the values of neighbouring rows. Bits of a row do not depend on its neighbours: what the
-    fast formulas cannot vouch for is computed again by itself."""
+    """Store the values of neighbouring rows. Bits of a row do not depend on its neighbours: what
+    the fast formulas cannot vouch for is computed again by itself."""
     cdef int out = kernel.n_operands - 1, status = 0, lane
     cdef Row row
     for lane in range(0 if all_good(conditions) else used):
