@@ -68,7 +68,8 @@ def kl_categorical(
     Relative error at most 1e-6 (float32) and 1e-14 (float64), however close P and Q are and
     whatever constants are added to the logits, and never negative. Each block gives E_P[φ(y)]
     with φ(y) = e^y − 1 − y ≥ 0 and y = c − (logits_p − logits_q)/T, where c is the mean of
-    (logits_p − logits_q)/T under P, and a correction of second order; the chain rule joins blocks.
+    (logits_p − logits_q)/T under P, and a correction of second order; or, with T = 1 and P and Q
+    far apart, c and the logarithms of the sums of both exponentials. The chain rule joins blocks.
 
     References
     ----------

@@ -12,8 +12,8 @@ small beside it.
 
 An exponent that is rounded to half an ulp costs e^x a relative error of |x| eps/2. Loops from the
 plainest, the first that is good enough for a block:
-    near    T = 1, |a| < 40, |y| < 0.34: phi is its series;
-    plain   T = 1, |a| < 40, |y| < 16: exponents are exact, or small;
+    near    T = 1, |a| < 40 (float64: 300), |y| < 0.34: phi is its series;
+    plain   T = 1, |a| as before, |y| < 16: exponents are exact, or small;
     exact   exponents in two parts, of any temperature and offset, while e^x and e^y are normal;
     far     infinite or far apart: the same terms as e^(b+c) - e^a - e^a y.
 e^a has the same bits in each. Near and plain, y = c - (a - b) is right to eps (|c| + |y|): it needs

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from registry import DTYPES, ENTRIES, IDS, PLAIN
+from registry import DTYPES, ENTRIES, IDS, PLAIN, ROWS, assert_close
 
 WITH_AXIS = [entry for entry in PLAIN if entry.core == 1]
 by_id = pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.id)
@@ -281,3 +281,22 @@ def test_no_temporaries(entry, dtype, layout):
     finally:
         tracemalloc.stop()
     assert peak < 1_000_000 + 2 * got.nbytes, f"{peak} bytes"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("columns", "size"), [(64, 10), (65, 128), (100, 129), (33, 300), (70, 2200)]
+)
+@pytest.mark.parametrize("name", ["discrete", "discrete-totals", "categorical", "normal-scale"])
+def test_columns_side_by_side(name, columns, size, dtype):
+    """axis=0 of C-ordered arrays, whose columns are read in bands, beside rows of float64."""
+    entry = IDS[name]
+    arrays = entry.inputs(dtype, (columns,), size)
+    next(iter(arrays.values()))[7, size // 2] = np.nan
+    across = {key: np.ascontiguousarray(x.T) for key, x in arrays.items()}
+    function = getattr(klfast, entry.function)
+    got = function(**across, **entry.options, axis=0)
+    assert np.flatnonzero(np.isnan(got)).tolist() == [7]
+    double = {key: x.astype(np.float64) for key, x in arrays.items()}
+    want = np.delete(function(**double, **entry.options), 7)
+    assert_close(np.delete(got, 7), want, want, ROWS[dtype], {})
