@@ -200,7 +200,7 @@ static inline double match_exponent_f64(double x, double y) {
 }
 
 /* The larger one, for low > 0, as the integers that the bits are: of two floats whose bits are
- * wanted next, GCC makes a comparison and a blend. Negative numbers and NaN give low. */
+ * wanted next, GCC makes a comparison and a blend. What has its sign bit set gives low. */
 static inline float at_least_f32(float low, float x) {
     int32_t a = (int32_t)bits_f32(low), b = (int32_t)bits_f32(x);
     return from_bits_f32((uint32_t)(a > b ? a : b));
