@@ -197,7 +197,7 @@ cdef inline void weigh(int loop, bint both, const real *a, const real *b, npy_in
                        real *lowest, real *highest, Weighed *into) noexcept nogil:
     cdef int length
     while n > 0:
-        length = run_length(n, <real> 0)
+        length = run_length(n, 1, <real> 0)
         weigh_run(loop, both, a, b, step_a, step_b, length, first, constants, weights, lowest,
                   highest, into)
         a, b, n = a + length * step_a, b + length * step_b, n - length
@@ -276,7 +276,7 @@ cdef inline void diverge(int loop, bint offset, const real *a, const real *b, np
                          const real *constants, real *infinite, LaneSums *into) noexcept nogil:
     cdef int length
     while n > 0:
-        length = run_length(n, <real> 0)
+        length = run_length(n, 1, <real> 0)
         diverge_run(
             loop, offset, a, b, step_a, step_b, length, first, weights, constants, infinite, into)
         a, b, n = a + length * step_a, b + length * step_b, n - length

@@ -109,7 +109,7 @@ cdef inline void normal_runs(const real **x, const npy_intp *step, int n, int fi
     for operand in range(4):
         at[operand] = x[operand]
     while n > 0:
-        length = run_length(n, <real> 0)
+        length = run_length(n, 1, <real> 0)
         normal_run(at, step, length, first, spread_p, spread_q, doubts, into)
         for operand in range(4):
             at[operand] += length * step[operand]

@@ -13,7 +13,7 @@ from numpy cimport npy_intp
 from gufunc cimport INVALID, Batch, Kernel, Plan, Watch, look_for_signals, parallel_for
 from sums cimport (
     BLOCK, LANES, MAX_OPERANDS, NARROW_STRIP, SHORT_ROW, STRIP, Family, Format, LaneParts, Row,
-    Sums, Trait, add, clear, clear_lanes, conditioning, divergence_of, least, round_off,
+    Sums, Trait, add, clear, clear_lanes, conditioning, divergence_of, fill, least, round_off,
 )
 from vecmath cimport (
     INFINITY, NAN, exp, floats_from_bfloat16, floats_from_float16, from_bfloat16, from_float16, phi,
@@ -674,6 +674,15 @@ cdef inline double inverse_temperature(const Batch *batch, npy_intp index) noexc
     return 1 / (<const double *> (batch.operands[2] + index * batch.outer[2]))[0]
 
 
+cdef inline void point_at(Row *row, const Batch *batch, npy_intp index) noexcept nogil:
+    """Turn to another row of the same batch."""
+    cdef int operand
+    for operand in range(row.n_operands):
+        row.data[operand] = batch.operands[operand] + index * batch.outer[operand]
+    if row.family == Family.CATEGORICAL:
+        row.inverse_temperature = inverse_temperature(batch, index)
+
+
 cdef inline Row row_at(const Batch *batch, npy_intp index, const Kernel *kernel) noexcept nogil:
     cdef Row row
     cdef int operand
@@ -683,11 +692,9 @@ cdef inline Row row_at(const Batch *batch, npy_intp index, const Kernel *kernel)
     row.n_operands = 4 if row.family == Family.NORMAL else 2
     row.length = batch.core[0]
     for operand in range(row.n_operands):
-        row.data[operand] = batch.operands[operand] + index * batch.outer[operand]
         row.step[operand] = batch.inner[operand]
     row.inverse_temperature = 1
-    if row.family == Family.CATEGORICAL:
-        row.inverse_temperature = inverse_temperature(batch, index)
+    point_at(&row, batch, index)
     return row
 
 
@@ -737,18 +744,6 @@ cdef inline void store_lanes(char *at, npy_intp outer, int n, int format,
         store(at + lane * outer, format, values[lane])
 
 
-cdef inline int rows_one_by_one(const Batch *batch, npy_intp first, npy_intp last,
-                                const Kernel *kernel, Watch *watch, real of_type) noexcept nogil:
-    cdef int out = kernel.n_operands - 1, status = 0
-    cdef npy_intp index
-    cdef Row row
-    for index in range(first, last):
-        row = row_at(batch, index, kernel)
-        store(batch.operands[out] + index * batch.outer[out], row.format,
-              row_value(&row, watch, &status, of_type))
-    return status
-
-
 cdef inline bint in_bands(const Batch *batch, const Kernel *kernel, real of_type) noexcept nogil:
     """Whether all operands' rows are neighbouring columns, enough for a band."""
     cdef int operand
@@ -776,6 +771,51 @@ cdef inline int finish_group(const Batch *batch, npy_intp first, int used, const
     return status
 
 
+cdef inline void keep_sums(const Sums *sums, int lane, LaneParts *into) noexcept nogil:
+    into.sums.weight[lane] = sums.weight + sums.rest[0]
+    into.sums.divergence[lane] = sums.divergence + sums.rest[1]
+    into.sums.drift[lane] = sums.drift + sums.rest[2]
+    into.sums.direct[lane] = sums.direct + sums.rest[3]
+    into.doubtful[lane] = sums.doubtful
+
+
+cdef void sum_each(Row *row, const Batch *batch, npy_intp first, int used,
+                   const double *conditions, Watch *watch, LaneParts *parts,
+                   real of_type) noexcept nogil:
+    """The sums of neighbouring rows, of those with a negative condition."""
+    cdef Sums sums
+    cdef int lane
+    for lane in range(used):
+        if conditions[lane] < 0:
+            point_at(row, batch, first + lane)
+            sum_row(row, parts.ratio[lane], watch, &sums, of_type)
+            keep_sums(&sums, lane, parts)
+
+
+cdef inline int rows_one_by_one(const Batch *batch, npy_intp first, npy_intp last,
+                                const Kernel *kernel, Watch *watch, real of_type) noexcept nogil:
+    """Summed one after the other, finished side by side."""
+    cdef int status = 0, used, lane
+    cdef Row row = row_at(batch, first, kernel)
+    cdef LaneParts parts
+    cdef double values[LANES]
+    cdef double conditions[LANES]
+    clear_lanes(&parts.sums)
+    while first < last:
+        used = <int> min(<npy_intp> LANES, last - first)
+        begin_parts(&parts)
+        fill(conditions, -1.0)
+        sum_each(&row, batch, first, used, conditions, watch, &parts, of_type)
+        finish_lanes(&row, &parts, values, conditions)
+        if can_refine(&row) and not all_good(conditions):
+            choose_ratios(&parts, conditions)
+            sum_each(&row, batch, first, used, conditions, watch, &parts, of_type)
+            finish_again(&row, &parts, values, conditions)
+        status |= finish_group(batch, first, used, kernel, watch, values, conditions, of_type)
+        first += used
+    return status
+
+
 cdef inline void set_betas(const Batch *batch, npy_intp first, int used, const Kernel *kernel,
                            LaneParts *parts) noexcept nogil:
     cdef int lane
@@ -794,12 +834,13 @@ cdef inline int rows_in_groups(const Batch *batch, npy_intp first, npy_intp last
     cdef double values[LANES]
     cdef double conditions[LANES]
     cdef bint short = is_short(batch)
+    rows.first = row_at(batch, first, kernel)
     for operand in range(MAX_OPERANDS):
         rows.outer[operand] = batch.outer[operand]
     while first < last:
         if last - first < LANES and not short and first > 0:
             first = last - LANES  # whole vectors: some rows are computed twice
-        rows.first = row_at(batch, first, kernel)
+        point_at(&rows.first, batch, first)
         rows.used = <int> min(<npy_intp> LANES, last - first)
         rows.strip = choose_strip(&rows, of_type)
         set_betas(batch, first, rows.used, kernel, &parts)
@@ -813,13 +854,13 @@ cdef inline int rows_in_groups(const Batch *batch, npy_intp first, npy_intp last
 cdef int rows_in_bands(const Batch *batch, npy_intp first, npy_intp last, const Kernel *kernel,
                        Watch *watch, real of_type) noexcept nogil:
     cdef int status = 0, group, width = band_width(of_type)
-    cdef Row row
+    cdef Row row = row_at(batch, first, kernel)
     cdef LaneParts parts[MAX_GROUPS]
     cdef double values[MAX_GROUPS * LANES]
     cdef double conditions[MAX_GROUPS * LANES]
     while first < last:
         first = min(first, batch.n - width)  # whole bands: some rows are computed twice
-        row = row_at(batch, first, kernel)
+        point_at(&row, batch, first)
         for group in range(width // LANES):
             set_betas(batch, first + group * LANES, LANES, kernel, &parts[group])
         band_of_rows(&row, parts, values, conditions, of_type)

@@ -54,7 +54,7 @@ cdef inline void standard_runs(int wanted, const real *m, const real *x, int n, 
                                double *sums) noexcept nogil:
     cdef int length
     while n > 0:
-        length = run_length(n, <real> 0)
+        length = run_length(n, 1, <real> 0)
         standard_run(wanted, m, x, length, first, cotangent, to_m, to_x, farthest, sums)
         m, x = m + length * LANES, x + length * LANES
         to_m, to_x = to_m + length * LANES, to_x + length * LANES

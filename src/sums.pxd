@@ -27,6 +27,7 @@ cdef enum:
     NARROW_STRIP = 64  # and that are gathered at a time
     RUN = 8            # terms a lane sums in float before double takes over
     LONG_RUN = 32      # terms a lane sums in double before other sums take over
+    LONGEST_RUN = LONG_RUN + LONG_RUN / 2
     MAX_OPERANDS = 4
 
 cdef enum Family:
@@ -167,13 +168,19 @@ cdef inline void add_lanes_exactly(Sums *into, const LaneSums *lanes) noexcept n
         add(into, 0, 0, lanes.drift[lane], 0)
 
 
-cdef inline int run_length(int n, real of_type) noexcept nogil:
-    """Of n terms that are left. A long run of equal terms rounds one way: 32 in float, 1.2e-6."""
-    cdef int length = RUN if real is float else LONG_RUN
+cdef inline int run_length(int n, int sums, real of_type) noexcept nogil:
+    """Of n terms that are left, when a lane adds up so many sums. A long run of equal terms rounds
+    one way: 32 in one sum in float, 1.2e-6."""
+    cdef int length = sums * RUN if real is float else LONG_RUN
     return n if n <= length + length / 2 else length
 
 
-cdef inline void fold(const real *run, double *lanes) noexcept nogil:
+ctypedef fused wide:
+    float
+    double
+
+
+cdef inline void fold(const real *run, wide *lanes) noexcept nogil:
     """Add a run."""
     cdef int lane
     for lane in range(LANES):
@@ -196,8 +203,8 @@ cdef inline void fill(real *lanes, real value) noexcept nogil:
 cdef inline void keep_from(int first, real *run) noexcept nogil:
     """Lanes before `first` do not count."""
     cdef int lane
-    for lane in range(first):
-        run[lane] = 0
+    for lane in range(LANES if first else 0):
+        run[lane] = run[lane] if lane >= first else <real> 0
 
 
 cdef inline double divergence_of(double weight, double divergence, double drift) noexcept nogil:
