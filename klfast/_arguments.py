@@ -8,17 +8,15 @@ argument, what came and what was wanted; shapes are looked at only after the guf
 
 from __future__ import annotations
 
-import contextvars
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from klfast import _kernels
-from klfast.threads import get_num_threads, num_threads
 
 FLOATS = frozenset("efd")
 BFLOAT16_BITS = np.dtype([("bfloat16", np.uint16)])  # for those who have bfloat16 without ml_dtypes
@@ -92,7 +90,7 @@ def is_lazy(x: Any) -> bool:
     return hasattr(x, "__array_ufunc__") and hasattr(x, "dask")
 
 
-def _to_numpy(argument: str, x: Any) -> np.ndarray[Any, Any]:
+def _to_numpy(argument: str, x: Any) -> NDArray[Any]:
     try:
         return np.asarray(x)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -174,7 +172,8 @@ def reduce(
         check_out_shape(out, target, operands, extra, axis)
     moved = operands if axis == -1 else [_axis_last(x, axis) for x in operands]
     try:
-        result = _call(gufunc, [*moved, *extra], len(operands), target)
+        cores = [1] * len(operands) + [0] * len(extra)
+        result = call(gufunc, [*moved, *extra], cores, target)
     except (ValueError, TypeError) as error:
         raise explain(error, list(arrays), operands, extra, axis, out) from None
     if log_base is not None:
@@ -199,49 +198,39 @@ def _axis_last(x: Any, axis: int) -> Any:
     return np.moveaxis(x, axis, -1)
 
 
-def _call(gufunc: Any, operands: list[Any], n_core: int, out: Any) -> Any:
-    """The gufunc; in Python threads where it would arrive as many short calls.
+def call(gufunc: Any, operands: Sequence[Any], cores: Sequence[int], out: Any = None) -> Any:
+    """The gufunc; `cores`: how many axes of each operand belong to one distribution.
 
-    NumPy calls a gufunc's loop once for every innermost batch axis, and the loop threads within
-    one call: a broadcast (M, 1, K) against (1, N, K) with small N would keep to one thread.
+    NumPy calls a gufunc's loop once for every innermost batch axis, and threads share one call at a
+    time. So two batch axes that do not lie as one, as those of a broadcast (M, 1, K) against
+    (1, N, K), are given to it as core axes.
     """
     if any(is_lazy(x) for x in operands):
         return gufunc(*operands)
-    batches = [x.shape[:-1] for x in operands[:n_core]] + [np.shape(x) for x in operands[n_core:]]
-    if max(map(len, batches)) < 2:
+    if max(np.ndim(x) - core for x, core in zip(operands, cores, strict=True)) < 2:
         return gufunc(*operands, out=out)
-    batch = np.broadcast_shapes(*batches)
-    length = operands[0].shape[-1]
-    inner, total = batch[-1] * length, math.prod(batch) * length
-    workers = min(get_num_threads(), total // 100_000)
-    if workers < 2 or inner > 100_000:
+    full = _broadcast(operands, cores)
+    if all(_lies_as_one(x, core) for x, core in zip(full, cores, strict=True)):
         return gufunc(*operands, out=out)
-    if out is None:
-        out = np.empty(batch, np.float64 if operands[0].dtype == np.float64 else np.float32)
-    elif out.shape != batch:
-        return gufunc(*operands, out=out)  # which refuses it
-    split = int(np.argmax(batch[:-1]))
-
-    def part(worker: int) -> None:
-        share = slice(worker * batch[split] // workers, (worker + 1) * batch[split] // workers)
-        sliced = [
-            _slice(x, share, split - len(batch) - (i < n_core)) for i, x in enumerate(operands)
-        ]
-        with num_threads(1):
-            gufunc(*sliced, out=out[(slice(None),) * split + (share,)])
-
-    with ThreadPoolExecutor(workers) as pool:
-        tasks = [pool.submit(contextvars.copy_context().run, part, i) for i in range(workers)]
-    for task in tasks:
-        task.result()
-    return out
+    return _kernels.grid(gufunc)(*full, out=out)
 
 
-def _slice(x: Any, share: slice, axis: int) -> Any:
-    """x[share] along a negative axis; where x is broadcast along it, x."""
-    if -axis > np.ndim(x) or x.shape[axis] == 1:
-        return x
-    return x[(..., share) + (slice(None),) * (-axis - 1)]
+def _broadcast(operands: Sequence[Any], cores: Sequence[int]) -> list[NDArray[Any]]:
+    """Operands with all batch axes."""
+    shapes = [np.shape(x) for x in operands]
+    splits = [len(shape) - core for shape, core in zip(shapes, cores, strict=True)]
+    batch = np.broadcast_shapes(*(s[:at] for s, at in zip(shapes, splits, strict=True)))
+    return [
+        np.broadcast_to(x, batch + shape[at:])
+        for x, shape, at in zip(operands, shapes, splits, strict=True)
+    ]
+
+
+def _lies_as_one(x: NDArray[Any], core: int) -> bool:
+    """Whether the last two batch axes can be walked as one."""
+    n = x.ndim - core
+    lines, rows = x.shape[n - 2 : n]
+    return bool(lines == 1 or rows == 1 or x.strides[n - 2] == rows * x.strides[n - 1])
 
 
 def explain(

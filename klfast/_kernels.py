@@ -72,6 +72,13 @@ if hasattr(os, "register_at_fork"):
 
 
 @functools.cache
+def grid(gufunc: Callable[..., Any]) -> Callable[..., Any]:
+    """The same gufunc with two batch axes among the core axes of every operand."""
+    made: Callable[..., Any] = _module.grid_gufunc(gufunc)
+    return made
+
+
+@functools.cache
 def gradients(name: str, wanted: int) -> Callable[..., Any]:
     """The gufunc of values and gradients; bit i of `wanted`: with respect to operand i."""
     gufunc: Callable[..., Any] = _module.gradient_gufunc(name, wanted)

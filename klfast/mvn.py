@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from klfast import _kernels
-from klfast._arguments import as_array, check_out, common_dtype, is_lazy, only_one
+from klfast._arguments import as_array, call, check_out, common_dtype, is_lazy, only_one
 
 __all__ = ["kl_mvn"]
 
@@ -110,11 +110,12 @@ def kl_mvn(
         batch_shape(names, operands, out)
         return gufunc(*operands)
     target = None if out is None else check_out(out)
+    cores = [1 if name.startswith("loc") else 2 for name in names]
     if errors == "nan" and target is not None:  # the gufunc would broadcast to a larger `out`
         batch_shape(names, operands, target)
     try:
         with np.errstate(invalid="ignore"):
-            result = gufunc(*operands, out=target if errors == "nan" else None)
+            result = call(gufunc, operands, cores, target if errors == "nan" else None)
     except ValueError:
         batch_shape(names, operands, target)
         raise

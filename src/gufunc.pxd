@@ -1,9 +1,11 @@
 """The one loop over rows: threads, the GIL, signals, status flags.
 
-NumPy calls `gufunc_loop` once for each innermost batch axis; `data` carries the kernel. The loop
-cuts the rows into tasks that threads take in turn. A row's result depends on the row alone, never
-on how rows were handed out: tasks begin at multiples of the kernel's group of neighbouring rows,
-and a kernel that spreads one long row over threads cuts it into pieces of fixed length.
+NumPy calls `gufunc_loop` once for each innermost batch axis; `data` carries the kernel. Where two
+batch axes do not lie as one, as those of (M, 1, K) against (1, N, K), `grid_loop` has both. The loop
+cuts rows, or lines of them, into tasks that threads take in turn. A row's result depends on the row
+alone, never on how rows were handed out: tasks begin at multiples of the kernel's group of
+neighbouring rows, and a kernel that spreads one long row over threads cuts it into pieces of fixed
+length.
 """
 
 from libc.math cimport INFINITY
@@ -26,6 +28,7 @@ cdef extern from "threads.h" nogil:
     int parallel_for(Step step, void *context, npy_intp n, int threads)
 
 cdef enum:
+    MAX_ARRAYS = 16  # operands of a gufunc
     INVALID = 1    # status bit: a row came back NaN for a bad value that was not NaN itself
     NO_MEMORY = 2  # status bit: scratch memory could not be had
 
@@ -38,6 +41,7 @@ cdef enum:
     SHARE_NS = 50_000
     TASK_NS = 500_000
     LONG_NS = 50_000_000
+    SHORT_LINE = 64            # rows: below, the lines of a grid run along its other axis if longer
 
 ctypedef struct Batch:
     npy_intp n             # rows
@@ -94,41 +98,61 @@ cdef inline bint one_by_one(npy_intp n, Plan plan, int threads) noexcept nogil:
 
 
 ctypedef struct Tasks:
-    const Batch *batch
+    const Batch *batch     # rows; of a grid, its first line of them
+    const npy_intp *lines  # of a grid: bytes from one line to the next, one an operand; else NULL
     const Kernel *kernel
     Watch *watch
-    npy_intp n             # rows
+    npy_intp n             # rows, or lines
     npy_intp length        # of a task
+
+
+cdef inline int line_rows(const Tasks *tasks, npy_intp line) noexcept nogil:
+    cdef char *operands[MAX_ARRAYS]
+    cdef Batch batch = tasks.batch[0]
+    cdef int i
+    for i in range(tasks.kernel.n_operands):
+        operands[i] = batch.operands[i] + line * tasks.lines[i]
+    batch.operands = operands
+    return tasks.kernel.rows(&batch, 0, batch.n, tasks.kernel, tasks.watch)
+
+
+cdef inline int task_rows(const Tasks *tasks, npy_intp task) noexcept nogil:
+    cdef npy_intp first = task * tasks.length, last = min(tasks.n, first + tasks.length), line
+    cdef int status = 0
+    if tasks.lines == NULL:
+        return tasks.kernel.rows(tasks.batch, first, last, tasks.kernel, tasks.watch)
+    for line in range(first, last):
+        status |= line_rows(tasks, line)
+    return status
 
 
 cdef inline int run_task(void *context, npy_intp task) noexcept nogil:
     cdef const Tasks *tasks = <const Tasks *> context
     look_for_signals(tasks.watch)
-    if tasks.watch.stop:
-        return 0
-    return tasks.kernel.rows(tasks.batch, task * tasks.length,
-                             min(tasks.n, (task + 1) * tasks.length), tasks.kernel, tasks.watch)
+    return 0 if tasks.watch.stop else task_rows(tasks, task)
 
 
-cdef inline int run(const Batch *batch, npy_intp n, const Kernel *kernel, Plan plan,
-                    bint in_python) noexcept nogil:
-    """Compute the batch; returns status bits. Signals are looked for where Python waits for it."""
+cdef inline int run(const Batch *batch, npy_intp n, const npy_intp *lines, const Kernel *kernel,
+                    Plan plan, bint in_python) noexcept nogil:
+    """Compute n rows, or n lines of a grid, where the plan's row is a line; returns status bits.
+    Signals are looked for where Python waits for it."""
     cdef double total = n * plan.row_ns
     cdef int threads = threads_worth(total), status = 0
     cdef Watch watch
+    cdef Tasks tasks
     watch.threads, watch.stop, watch.next_look = threads, False, INFINITY
+    tasks.batch, tasks.lines, tasks.kernel, tasks.watch = batch, lines, kernel, &watch
+    tasks.n = tasks.length = n
     if total < SERIAL_NS:
-        return kernel.rows(batch, 0, n, kernel, &watch)
+        return task_rows(&tasks, 0)
     if in_python:
         watch.next_look = seconds() + 0.05
     cdef bint serial = threads == 1 or one_by_one(n, plan, threads)
     cdef double share = total if serial else total / threads
     cdef double task_ns = min(share, max(<double> TASK_NS, 50 * plan.setup_ns))
-    cdef npy_intp length = <npy_intp> max(1.0, task_ns / plan.row_ns)
-    length = (length + plan.group - 1) // plan.group * plan.group
-    cdef npy_intp count = (n + length - 1) // length, task
-    cdef Tasks tasks
-    tasks.batch, tasks.kernel, tasks.watch, tasks.n, tasks.length = batch, kernel, &watch, n, length
+    tasks.length = <npy_intp> max(1.0, task_ns / plan.row_ns)
+    tasks.length = (tasks.length + plan.group - 1) // plan.group * plan.group
+    cdef npy_intp count = (n + tasks.length - 1) // tasks.length, task
     if serial:
         for task in range(count):
             status |= run_task(&tasks, task)
@@ -137,21 +161,77 @@ cdef inline int run(const Batch *batch, npy_intp n, const Kernel *kernel, Plan p
     return parallel_for(run_task, &tasks, count, <int> min(<npy_intp> threads, count))
 
 
-cdef inline void gufunc_loop(char **operands, const npy_intp *dimensions,
-                             const npy_intp *steps, const Kernel *kernel) noexcept nogil:
-    cdef Batch batch
+cdef inline int run_grid(Batch *line, npy_intp n, const npy_intp *lines, const Kernel *kernel,
+                         Plan plan) noexcept nogil:
+    """n lines: long ones one after the other, each by all threads."""
+    cdef npy_intp i
+    cdef int status = 0, operand
+    if line.n * plan.row_ns < SERIAL_NS:
+        plan.row_ns *= line.n
+        plan.group, plan.splits_rows = 1, False
+        return run(line, n, lines, kernel, plan, True)
+    for i in range(n):
+        status |= run(line, line.n, NULL, kernel, plan, True)
+        for operand in range(kernel.n_operands):
+            line.operands[operand] += lines[operand]
+    return status
+
+
+cdef inline void call(Batch *batch, npy_intp n_lines, const npy_intp *lines,
+                      const Kernel *kernel) noexcept nogil:
+    """For NumPy: a batch of rows, or (lines not NULL) a grid, without the GIL unless it is small."""
     cdef PyThreadState *released = NULL
-    cdef npy_intp n = dimensions[0]
-    if n == 0:
-        return
-    batch.n, batch.operands, batch.outer = n, operands, steps
-    batch.core, batch.inner = dimensions + 1, steps + kernel.n_operands
-    cdef Plan plan = kernel.plan(&batch, kernel)
-    if n * plan.row_ns > SHARE_NS and PyGILState_Check():
+    cdef Plan plan = kernel.plan(batch, kernel)
+    cdef int status
+    if n_lines * batch.n * plan.row_ns > SHARE_NS and PyGILState_Check():
         released = PyEval_SaveThread()
-    cdef int status = run(&batch, n, kernel, plan, True)
+    if lines == NULL:
+        status = run(batch, batch.n, NULL, kernel, plan, True)
+    else:
+        status = run_grid(batch, n_lines, lines, kernel, plan)
     if released != NULL:
         PyEval_RestoreThread(released)
     if status & NO_MEMORY:
         raise_memory_error()
     report_status(status & INVALID)
+
+
+cdef inline void gufunc_loop(char **operands, const npy_intp *dimensions,
+                             const npy_intp *steps, const Kernel *kernel) noexcept nogil:
+    cdef Batch batch
+    if dimensions[0] == 0:
+        return
+    batch.n, batch.operands, batch.outer = dimensions[0], operands, steps
+    batch.core, batch.inner = dimensions + 1, steps + kernel.n_operands
+    call(&batch, 1, NULL, kernel)
+
+
+ctypedef struct Grid:
+    const Kernel *kernel
+    int core_axes[MAX_ARRAYS]  # of each operand, behind the two of the grid
+
+
+cdef inline void grid_loop(char **operands, const npy_intp *dimensions, const npy_intp *steps,
+                           const Grid *grid) noexcept nogil:
+    """As gufunc_loop, for a kernel whose operands have two batch axes among their core axes."""
+    cdef npy_intp lines[MAX_ARRAYS]
+    cdef npy_intp outer[MAX_ARRAYS]
+    cdef npy_intp inner[2 * MAX_ARRAYS]
+    cdef char *at[MAX_ARRAYS]
+    cdef const npy_intp *step = steps + grid.kernel.n_operands
+    cdef npy_intp index
+    cdef int operand, axis, axes = 0
+    cdef int along = 0 if dimensions[2] < SHORT_LINE and dimensions[2] < dimensions[1] else 1
+    cdef Batch line
+    for operand in range(grid.kernel.n_operands):
+        lines[operand], outer[operand] = step[1 - along], step[along]
+        step += 2
+        for axis in range(grid.core_axes[operand]):
+            inner[axes] = step[0]
+            step, axes = step + 1, axes + 1
+    line.n, line.operands, line.outer = dimensions[1 + along], at, outer
+    line.core, line.inner = dimensions + 3, inner
+    for index in range(dimensions[0] if dimensions[1] and dimensions[2] else 0):
+        for operand in range(grid.kernel.n_operands):
+            at[operand] = operands[operand] + index * steps[operand]
+        call(&line, dimensions[2 - along], lines, grid.kernel)

@@ -10,7 +10,7 @@ import numpy as np
 cimport numpy as cnp
 from numpy cimport npy_intp
 from libc.stdlib cimport calloc
-from gufunc cimport Kernel, gufunc_loop, report_status
+from gufunc cimport Grid, Kernel, grid_loop, gufunc_loop, report_status
 from mvn cimport mvn_rows_f32, mvn_rows_f64, plan_mvn
 from mvn_grad cimport mvn_gradient_rows_f32, mvn_gradient_rows_f64, plan_mvn_gradient
 from sums cimport MAX_OPERANDS, Family, Format
@@ -52,6 +52,11 @@ cdef void loop(char **operands, const npy_intp *dimensions, const npy_intp *step
     gufunc_loop(operands, dimensions, steps, <const Kernel *> kernel)
 
 
+cdef void loop_of_grids(char **operands, const npy_intp *dimensions, const npy_intp *steps,
+                        void *grid) noexcept nogil:
+    grid_loop(operands, dimensions, steps, <const Grid *> grid)
+
+
 # NumPy keeps pointers into these for as long as a gufunc lives.
 cdef enum:
     MAX_LOOPS = 96
@@ -62,15 +67,18 @@ cdef char types[MAX_LOOPS * 8]
 cdef int n_loops = 0
 cdef int n_types = 0
 cdef list texts = []   # names and signatures
+cdef dict made = {}    # gufuncs: name, signature, first loop, first type
 
 
 cdef object make_gufunc(str name, str signature, int first_loop, int first_type, int n_inputs):
     """The gufunc of the loops added since first_loop."""
     cdef bytes c_name = name.encode(), c_signature = signature.encode()
     texts.extend((c_name, c_signature))
-    return cnp.PyUFunc_FromFuncAndDataAndSignature(
+    gufunc = cnp.PyUFunc_FromFuncAndDataAndSignature(
         &loops[first_loop], &data[first_loop], &types[first_type], n_loops - first_loop,
         n_inputs, 1, cnp.PyUFunc_None, c_name, b"", 0, c_signature)
+    made[gufunc] = c_name, signature, first_loop, first_type
+    return gufunc
 
 
 cdef Kernel *add_loop(str dtypes):
@@ -161,6 +169,36 @@ for name_p, cov_p in (("cov", True), ("tril", False)):
     for name_q, cov_q in (("cov", True), ("tril", False)):
         name = f"mvn_{name_p}_{name_q}"
         gufuncs[name] = mvn_gufunc(name, "(d),(d,d),(d),(d,d)->()", cov_p, cov_q, False)
+
+
+cdef struct GridHook:    # what NumPy keeps pointers into
+    Grid grids[4]
+    cnp.PyUFuncGenericFunction loops[4]
+    void *data[4]
+
+
+def grid_gufunc(gufunc):
+    """The same with two batch axes among the core axes of every operand."""
+    cdef GridHook *hook = <GridHook *> calloc(1, sizeof(GridHook))
+    if hook == NULL:
+        raise MemoryError
+    cdef bytes c_name
+    cdef int first_loop, first_type, i, operand
+    c_name, signature, first_loop, first_type = made[gufunc]
+    cores = [core.split(",") if core else [] for core in
+             signature.replace("->", ",")[1:-1].split("),(")]
+    *inputs, output = ["(" + ",".join(["m", "n", *core]) + ")" for core in cores]
+    cdef bytes c_signature = (",".join(inputs) + "->" + output).encode()
+    texts.append(c_signature)
+    for i in range(gufunc.ntypes):
+        hook.grids[i].kernel = &kernels[first_loop + i]
+        for operand, core in enumerate(cores):
+            hook.grids[i].core_axes[operand] = len(core)
+        hook.loops[i] = <cnp.PyUFuncGenericFunction> loop_of_grids
+        hook.data[i] = &hook.grids[i]
+    return cnp.PyUFunc_FromFuncAndDataAndSignature(
+        hook.loops, hook.data, &types[first_type], gufunc.ntypes, len(inputs), 1,
+        cnp.PyUFunc_None, c_name, b"", 0, c_signature)
 
 
 cdef struct Hook:        # what NumPy keeps pointers into: of a gufunc made at its first use

@@ -308,7 +308,8 @@ cdef int compute_rows(Job *job, npy_intp index, npy_intp first, npy_intp count,
             data[operand], outer[operand] = slabs[operand], array.core * array.item
     batch.n, batch.operands, batch.outer = count, data, outer
     batch.core, batch.inner = job.dimensions, job.inner
-    return run(&batch, count, job.kernel, job.kernel.plan(&batch, job.kernel), False)
+    return run(
+        &batch, count, NULL, job.kernel, job.kernel.plan(&batch, job.kernel), False)
 
 
 cdef int compute(Job *job) noexcept nogil:

@@ -109,6 +109,59 @@ def test_broadcasting(entry, size, dtype):
             entry.check(got, arrays)
 
 
+def every_pair(entry, dtype, size, m, n):
+    """Make m of P against n of Q, and the same in rows."""
+    p, q = entry.inputs(dtype, (m, 1), size), entry.inputs(dtype, (1, n), size, seed=1)
+    arrays = {name: (p if name.endswith("p") else q)[name] for name in p}
+    rows = {
+        name: np.broadcast_to(a, (m, n, *a.shape[2:])).reshape(m * n, *a.shape[2:])
+        for name, a in arrays.items()
+    }
+    return arrays, rows
+
+
+@by_id
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("size", "m", "n"), [(3, 5, 70), (17, 70, 5), (40, 60, 60), (3, 0, 4), (3, 4, 0)]
+)
+def test_pairs_are_as_rows(entry, dtype, size, m, n):
+    if entry.id.endswith("standard"):
+        pytest.skip("has no Q")
+    size = min(size, entry.max_size)
+    arrays, rows = every_pair(entry, dtype, size, m, n)
+    want = entry(rows).reshape(m, n)
+    for threads in (1, 3):
+        with klfast.num_threads(threads):
+            np.testing.assert_array_equal(entry(arrays), want, f"{threads} threads")
+    out = np.full((m, 2 * n), 99, dtype)
+    entry(arrays, out=out[:, ::2])
+    np.testing.assert_array_equal(out[:, ::2], want)
+    assert (out[:, 1::2] == 99).all()
+    stacked = {name: np.stack([a, a[::-1, ::-1]]) for name, a in arrays.items()}
+    np.testing.assert_array_equal(entry(stacked), [want, want[::-1, ::-1]])
+
+
+def test_pairs_with_temperatures():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(5, 1, 9)), rng.normal(size=(1, 7, 9))
+    for shape in ((), (7,), (5, 1), (5, 7), (3, 5, 7)):
+        temperature = rng.uniform(0.5, 2, shape)
+        batch = np.broadcast_shapes((5, 7), shape)
+        rows = [np.broadcast_to(x, (*batch, 9)).reshape(-1, 9) for x in (a, b)]
+        each = np.broadcast_to(temperature, batch).ravel()
+        want = klfast.kl_categorical(*rows, temperature=each).reshape(batch)
+        np.testing.assert_array_equal(klfast.kl_categorical(a, b, temperature=temperature), want)
+
+
+def test_bad_values_among_pairs_are_reported():
+    p, q = np.ones((3, 1, 4)), np.ones((1, 5, 4))
+    p[1, 0, 2] = -1
+    with pytest.warns(RuntimeWarning, match="invalid value"):
+        got = klfast.kl_discrete(p, q)
+    np.testing.assert_array_equal(np.isnan(got), np.arange(3)[:, None] == [1] * 5)
+
+
 @by_id
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 2, 5, 40])
