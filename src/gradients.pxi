@@ -228,14 +228,21 @@ ctypedef struct Group:
     double conditions[LANES]    # negative: left to gradient_alone
 
 
+cdef inline void lane_sums(const LaneParts *parts, int lane, Sums *sums) noexcept nogil:
+    clear(sums)
+    sums.weight, sums.divergence = parts.sums.weight[lane], parts.sums.divergence[lane]
+    sums.drift = parts.sums.drift[lane] + parts.sums.rest[lane]
+    sums.direct = parts.sums.direct[lane]
+    sums.shift, sums.peak = parts.shift[lane], parts.peak[lane]
+
+
 cdef inline void lane_slope(const Row *row, const LaneParts *parts, int lane,
                             Slope *slope, real of_type) noexcept nogil:
     """From the sums of a row that were vouched for."""
     cdef Sums sums
     if row.family == Family.NORMAL:
         return
-    add_lane(&sums, parts, lane, False)
-    round_off(&sums)
+    lane_sums(parts, lane, &sums)
     if row.family == Family.DISCRETE:
         discrete_slope(row, &sums, parts.ratio[lane], slope, of_type)
     elif row.family == Family.CATEGORICAL:
@@ -250,7 +257,7 @@ cdef void sum_group(Group *group, real *buffer, const real **x, npy_intp *step) 
     fill(before, <double> -1)
     begin_parts(&group.parts)
     load_strip(&group.rows, 0, <int> row.length, buffer, x, step)
-    columns(row, x, step, <int> row.length, True, &group.parts)
+    columns(row, x, step, <int> row.length, &group.parts)
     finish_lanes(row, &group.parts, group.values, group.conditions)
     for attempt in range(2):
         for lane in range(LANES):

@@ -12,12 +12,13 @@ then in double, then by the family's `hard_value`.
 from numpy cimport npy_intp
 from gufunc cimport INVALID, Batch, Kernel, Plan, Watch, look_for_signals, parallel_for
 from sums cimport (
-    BLOCK, LANES, MAX_OPERANDS, NARROW_STRIP, SHORT_ROW, STRIP, Family, Format, LaneParts, Row,
-    Sums, Trait, add, clear, clear_lanes, conditioning, divergence_of, fill, least, round_off,
+    BLOCK, LANES, MAX_OPERANDS, NARROW_STRIP, SHORT_ROW, STRIP, Family, Format, LaneParts, LaneSums,
+    Row, Sums, Trait, add, clear, clear_lanes, conditioning, copy, divergence_of, fill, least,
+    round_off, two_sum,
 )
 from vecmath cimport (
-    INFINITY, NAN, exp, floats_from_bfloat16, floats_from_float16, from_bfloat16, from_float16, phi,
-    real,
+    INFINITY, NAN, exp, floats_from_bfloat16, floats_from_float16, from_bfloat16, from_float16,
+    larger, phi, real, smaller,
 )
 
 cdef extern from "transpose.h" nogil:
@@ -27,7 +28,6 @@ cdef extern from "transpose.h" nogil:
 cdef enum:
     PIECE = 64 * BLOCK
     TEAM = 64                  # pieces that threads take in turn before they are combined
-    PART_STRIPS = 16
     MAX_PASSES = 6             # over one row, each with the ratio that the one before found
 
 
@@ -101,7 +101,14 @@ cdef inline void load_block(const Row *row, npy_intp start, int n, real *buffer,
 
 cdef inline double any_exp(double x) noexcept nogil:
     """e^x, infinity beyond 700. 1 ulp."""
-    cdef double value = exp(max(-700.0, min(x, 700.0)), 0.0)
+    cdef double value = exp(larger(-700.0, smaller(x, 700.0)), 0.0)
+    return value if x < 700 else INFINITY
+
+
+cdef inline double any_phi(double x) noexcept nogil:
+    """e^x - 1 - x, infinity beyond 700. 4 ulp."""
+    cdef double value = phi(larger(-700.0, smaller(x, 700.0)), 0.0)
+    value = value if x > -700 else -1 - x
     return value if x < 700 else INFINITY
 
 
@@ -124,7 +131,7 @@ cdef void add_part(Sums *into, const Sums *part, double beta) noexcept nogil:
     if rounded.weight == 0:
         add(into, 0, grown * rounded.divergence, 0, 0)
         return
-    between = phi(d, 0.0) if -700 < d < 700 else any_exp(d) - 1 - d
+    between = any_phi(d)
     add(into, factor * rounded.weight, grown * rounded.divergence + (
             factor * between * rounded.weight + (grown - factor) * rounded.drift),
         factor * (rounded.drift + d * rounded.weight), 0)
@@ -418,11 +425,10 @@ cdef void load_strip(const Rows *rows, npy_intp start, int n, real *buffer, cons
             x[operand], step[operand] = into, LANES
 
 
-cdef void columns(const Row *row, const real **x, const npy_intp *step, int n, bint fresh,
+cdef void columns(const Row *row, const real **x, const npy_intp *step, int n,
                   LaneParts *into) noexcept nogil:
-    """The sums of n columns, added to those of the columns before or (fresh) alone."""
-    if fresh:
-        clear_lanes(&into.sums)
+    """The sums of n columns."""
+    clear_lanes(&into.sums)
     if row.family == Family.NORMAL:
         normal_columns(x, step, n, row, into)
     elif row.family == Family.DISCRETE:
@@ -431,10 +437,91 @@ cdef void columns(const Row *row, const real **x, const npy_intp *step, int n, b
         categorical_columns(x, step, n, into)
 
 
-cdef inline bint is_part(const Row *row, npy_intp strip) noexcept nogil:
-    """Whether the sums up to this strip are a part: a shift serves one strip, and doubles are added
-    PART_STRIPS times before other sums take over."""
-    return row.family == Family.CATEGORICAL or strip % PART_STRIPS == PART_STRIPS - 1
+# Strips of LANES rows, put together side by side as add_part does it for one row.
+
+ctypedef struct LaneTotals:
+    LaneSums sums
+    LaneSums rests               # what the rounding of these left out
+    double shift[LANES]
+    double peak[LANES]
+
+
+cdef inline void add_exactly(double *sums, const double *terms, double *rests) noexcept nogil:
+    cdef int lane
+    for lane in range(LANES):
+        sums[lane] = two_sum(sums[lane], terms[lane], &rests[lane])
+
+
+cdef inline void rebase(LaneSums *sums, const double *shift, const double *peak,
+                        const double *beta, const double *new_shift,
+                        const double *new_peak) noexcept nogil:
+    """Make sums relative to another shift and peak."""
+    cdef int lane
+    cdef double d, fall, factor, grown, mixed
+    for lane in range(LANES):
+        d = (new_shift[lane] - shift[lane]) * beta[lane]
+        fall = (peak[lane] - new_peak[lane]) * beta[lane]
+        factor, grown = any_exp(fall), any_exp(fall + d)
+        mixed = factor * any_phi(d) * sums.weight[lane] + (grown - factor) * sums.drift[lane]
+        mixed = mixed if sums.weight[lane] > 0 else 0
+        sums.divergence[lane] = grown * sums.divergence[lane] + mixed
+        sums.drift[lane] = factor * (sums.drift[lane] + d * sums.weight[lane])
+        sums.weight[lane] *= factor
+
+
+cdef void add_shifted(LaneTotals *whole, const LaneParts *part) noexcept nogil:
+    """Relative to the mean of the shifts, as `combine` does it."""
+    cdef int lane
+    cdef double peak, share, other
+    cdef double new_shift[LANES]
+    cdef double new_peak[LANES]
+    cdef LaneSums added = part.sums
+    for lane in range(LANES):
+        peak = whole.peak[lane] if whole.sums.weight[lane] > 0 else -INFINITY
+        peak = larger(peak, part.peak[lane] if added.weight[lane] > 0 else -INFINITY)
+        new_peak[lane] = peak if peak > -INFINITY else 0
+        share = any_exp((whole.peak[lane] - new_peak[lane]) * part.beta[lane])
+        share *= whole.sums.weight[lane]
+        other = any_exp((part.peak[lane] - new_peak[lane]) * part.beta[lane]) * added.weight[lane]
+        other = other / (share + other) if other > 0 else 0
+        new_shift[lane] = whole.shift[lane] + other * (part.shift[lane] - whole.shift[lane])
+    rebase(&whole.sums, whole.shift, whole.peak, part.beta, new_shift, new_peak)
+    rebase(&added, part.shift, part.peak, part.beta, new_shift, new_peak)
+    for lane in range(LANES):
+        whole.sums.weight[lane] += added.weight[lane]
+        whole.sums.divergence[lane] += added.divergence[lane]
+        whole.sums.drift[lane] += added.drift[lane]
+    copy(new_shift, whole.shift)
+    copy(new_peak, whole.peak)
+
+
+cdef void add_strip(LaneTotals *whole, const LaneParts *part, bint first,
+                    bint shifted) noexcept nogil:
+    if first:
+        whole.sums = part.sums
+        copy(part.shift, whole.shift)
+        copy(part.peak, whole.peak)
+        clear_lanes(&whole.rests)
+        return
+    if shifted:
+        add_shifted(whole, part)
+        return
+    add_exactly(whole.sums.weight, part.sums.weight, whole.rests.weight)
+    add_exactly(whole.sums.divergence, part.sums.divergence, whole.rests.divergence)
+    add_exactly(whole.sums.drift, part.sums.drift, whole.rests.drift)
+    add_exactly(whole.sums.drift, part.sums.rest, whole.rests.drift)
+    add_exactly(whole.sums.direct, part.sums.direct, whole.rests.direct)
+
+
+cdef inline void take_whole(const LaneTotals *whole, LaneParts *parts) noexcept nogil:
+    cdef int lane
+    for lane in range(LANES):
+        parts.sums.weight[lane] = whole.sums.weight[lane] + whole.rests.weight[lane]
+        parts.sums.divergence[lane] = whole.sums.divergence[lane] + whole.rests.divergence[lane]
+        parts.sums.drift[lane] = whole.sums.drift[lane] + whole.rests.drift[lane]
+        parts.sums.direct[lane] = whole.sums.direct[lane] + whole.rests.direct[lane]
+        parts.sums.rest[lane] = 0
+        parts.shift[lane], parts.peak[lane] = whole.shift[lane], whole.peak[lane]
 
 
 cdef void sum_strips(const Rows *rows, real *buffer, LaneParts *parts) noexcept nogil:
@@ -442,45 +529,16 @@ cdef void sum_strips(const Rows *rows, real *buffer, LaneParts *parts) noexcept 
     cdef const Row *row = &rows.first
     cdef const real *x[MAX_OPERANDS]
     cdef npy_intp step[MAX_OPERANDS]
-    cdef npy_intp start = 0, strip = 0
-    cdef int n, lane
-    cdef bint fresh = True, more = False
-    cdef Sums whole[LANES]
+    cdef npy_intp start = 0
+    cdef int n
+    cdef LaneTotals whole
     while start < row.length:
         n = strip_length(rows, start)
         load_strip(rows, start, n, buffer, x, step)
-        columns(row, x, step, n, fresh, parts)
+        columns(row, x, step, n, parts)
+        add_strip(&whole, parts, start == 0, row.family == Family.CATEGORICAL)
         start += n
-        fresh = is_part(row, strip) or start == row.length
-        for lane in range(LANES if fresh else 0):
-            add_lane(&whole[lane], parts, lane, more)
-        more |= fresh
-        strip += 1
-    take_whole(whole, parts)
-
-
-cdef void take_whole(Sums *whole, LaneParts *parts) noexcept nogil:
-    cdef int lane
-    for lane in range(LANES):
-        round_off(&whole[lane])
-        parts.sums.weight[lane] = whole[lane].weight
-        parts.sums.divergence[lane] = whole[lane].divergence
-        parts.sums.drift[lane] = whole[lane].drift
-        parts.sums.direct[lane], parts.sums.rest[lane] = whole[lane].direct, 0
-
-
-cdef void add_lane(Sums *whole, const LaneParts *part, int lane, bint more) noexcept nogil:
-    """Combine what there is of a row with its next part."""
-    cdef Sums pair[2]
-    cdef Sums *sums = &pair[1] if more else whole
-    clear(sums)
-    add(sums, part.sums.weight[lane], part.sums.divergence[lane], part.sums.drift[lane],
-        part.sums.direct[lane])
-    add(sums, 0, 0, part.sums.rest[lane], 0)
-    sums.shift, sums.peak = part.shift[lane], part.peak[lane]
-    if more:
-        pair[0] = whole[0]
-        combine(pair, 2, part.beta[lane], whole)
+    take_whole(&whole, parts)
 
 
 cdef inline void finish_lanes_of(const Row *row, const LaneParts *parts, double *values,
@@ -518,7 +576,7 @@ cdef void sum_rows(const Rows *rows, real *buffer, const real **x, const npy_int
                    LaneParts *parts) noexcept nogil:
     """The sums of LANES rows; their first strip is loaded."""
     if rows.first.length <= rows.strip:
-        columns(&rows.first, x, step, <int> rows.first.length, True, parts)
+        columns(&rows.first, x, step, <int> rows.first.length, parts)
     else:
         sum_strips(rows, buffer, parts)
 
@@ -620,31 +678,25 @@ cdef void sum_band(const Row *row, int wanted, real *buffer, LaneParts *parts) n
     cdef const real *x[MAX_OPERANDS]
     cdef const real *at[MAX_OPERANDS]
     cdef npy_intp step[MAX_OPERANDS]
-    cdef npy_intp start = 0, strip = 0
-    cdef int n, group, operand, lane, groups = band_width(buffer[0]) // LANES
-    cdef bint fresh = True, more = False, part
-    cdef Sums whole[MAX_GROUPS * LANES]
+    cdef npy_intp start = 0
+    cdef int n, group, operand, groups = band_width(buffer[0]) // LANES
+    cdef LaneTotals whole[MAX_GROUPS]
     for operand in range(row.n_operands):
         step[operand] = band_width(buffer[0])
     while start < row.length:
         n = <int> min(<npy_intp> STRIP, row.length - start)
         load_band(row, start, n, buffer, x)
-        start += n
-        part = is_part(row, strip) or start == row.length
         for group in range(groups):
             if not wanted >> group & 1:
                 continue
             for operand in range(row.n_operands):
                 at[operand] = x[operand] + group * LANES
-            columns(row, at, step, n, fresh, &parts[group])
-            for lane in range(LANES if part else 0):
-                add_lane(&whole[group * LANES + lane], &parts[group], lane, more)
-        fresh = part
-        more |= part
-        strip += 1
+            columns(row, at, step, n, &parts[group])
+            add_strip(&whole[group], &parts[group], start == 0, row.family == Family.CATEGORICAL)
+        start += n
     for group in range(groups):
         if wanted >> group & 1:
-            take_whole(&whole[group * LANES], &parts[group])
+            take_whole(&whole[group], &parts[group])
 
 
 cdef void band_of_rows(const Row *row, LaneParts *parts, double *values, double *conditions,
