@@ -212,12 +212,13 @@ cdef inline double divergence_of(double weight, double divergence, double drift)
     and s = (1 + u - 2^e)/(1 + u + 2^e):
         e = 0:   D/W - (u s - (2 atanh(s) - 2 s)), as u - 2 s = u s;
         else     e ln2 + 2 atanh(s) - Y/W."""
-    cdef double u = (divergence + drift) / weight, grown = 1 + u
+    cdef double share = 1 / weight
+    cdef double u = (divergence + drift) * share, grown = 1 + u
     cdef double e = ratio_exponent(grown, 1.0), power = match_exponent(grown, 1.0)
     cdef double s = (u if e == 0 else grown - power) / (grown + power)
     cdef double tail = atanh_tail(s)
-    cdef double near = divergence / weight - (u * s - tail)
-    cdef double far = (e * LN2 + (tail + 2 * s)) - drift / weight
+    cdef double near = divergence * share - (u * s - tail)
+    cdef double far = (e * LN2 + (tail + 2 * s)) - drift * share
     cdef double value = near if e == 0 else far
     return value if not value < 0 else 0.0
 
@@ -228,8 +229,8 @@ cdef inline double conditioning(int family, double value, double weight, double 
     arithmetic that vectors can follow. D/W - (u - log1p(u)): the correction takes no more than
     half, and an error of u, which counts u/(1 + u) times, is small. Or log1p(u) - Y/W, where the
     drift was summed itself: it is no larger than the value."""
-    cdef double g = divergence / weight, y = fabs(drift / weight)
-    cdef double u = (divergence + drift) / weight
+    cdef double share = 1 / weight
+    cdef double g = divergence * share, y = fabs(drift * share), u = (divergence + drift) * share
     cdef double margin = smaller(2 * value - g, value * (1 + u) - (g + y) * fabs(u))
     if family == CATEGORICAL:
         margin = larger(margin, smaller(value - y, u - 0.5))
