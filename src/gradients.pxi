@@ -140,7 +140,7 @@ cdef bint fast_gradient(const Row *row, Slope *slope, const Target *target, Watc
     if row.family == Family.DISCRETE:
         discrete_slope(row, &sums, ratio, slope, of_type)
     elif row.family == Family.CATEGORICAL:
-        categorical_slope(row, &sums, slope)
+        categorical_slope(row, &sums, slope, of_type)
     slope_row(row, slope, target, watch, of_type)
     return True
 
@@ -239,7 +239,7 @@ cdef inline void lane_slope(const Row *row, const LaneParts *parts, int lane,
     if row.family == Family.DISCRETE:
         discrete_slope(row, &sums, parts.ratio[lane], slope, of_type)
     elif row.family == Family.CATEGORICAL:
-        categorical_slope(row, &sums, slope)
+        categorical_slope(row, &sums, slope, of_type)
 
 
 cdef void sum_group(Group *group, real *buffer, const real **x, npy_intp *step) noexcept nogil:

@@ -16,8 +16,8 @@ from sums cimport (
     Sums, Trait, add, clear, clear_lanes, conditioning, divergence_of, least, round_off,
 )
 from vecmath cimport (
-    INFINITY, NAN, exp, floats_from_bfloat16, floats_from_float16, from_bfloat16, from_float16, phi,
-    real,
+    INFINITY, NAN, exp, floats_from_bfloat16, floats_from_float16, from_bfloat16, from_float16,
+    larger, phi, real, smaller,
 )
 
 cdef extern from "transpose.h" nogil:
@@ -113,6 +113,8 @@ cdef void add_part(Sums *into, const Sums *part, double beta) noexcept nogil:
     cdef Sums rounded
     cdef int i
     into.doubtful |= part.doubtful
+    into.lowest = smaller(part.lowest, into.lowest)
+    into.highest = larger(part.highest, into.highest)
     if d == 0 and fall == 0:
         add(into, part.weight, part.divergence, part.drift, part.direct)
         for i in range(4):

@@ -93,6 +93,19 @@ def test_logits_anywhere(logits, dtype):
     check(IDS["categorical"], {"logits_p": a, "logits_q": b})
 
 
+@dtypes
+@pytest.mark.parametrize("spread", [0.5, 0.7, 1.0, 3.0, 6.0])
+def test_logits_at_any_distance(spread, dtype):
+    """Another formula serves from KL = 1/2 on."""
+    entry = IDS["categorical"]
+    for size in (40, 1100, 3000):
+        rng = np.random.default_rng(size)
+        arrays = {
+            name: spread * rng.standard_normal((1, size)) for name in ("logits_p", "logits_q")
+        }
+        check(entry, {name: x.astype(dtype) for name, x in arrays.items()})
+
+
 WEIGHTS = {
     "far": ([1e-30, 2e-30, 1.0], [1.0, 1e-30, 1e-30]),
     "totals far apart": ([1e-25, 3e-25, 2e-25], [2e20, 5e20, 4e20]),
