@@ -125,7 +125,7 @@ def jax_distillation(logits_p, logits_q):
 
 
 def klfast_vae(loc_p, logvar_p):
-    return klfast.torch.kl_to_standard_normal(loc_p, logvar_p).mean()
+    return klfast.torch.kl_to_standard_normal(loc_p, logvar_p, reduction="mean")
 
 
 def torch_vae(loc_p, logvar_p):
