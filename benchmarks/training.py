@@ -43,8 +43,12 @@ class Training:
     threaded: bool = True
 
     @property
+    def what(self) -> str:
+        return f"{self.loss} {self.dtype} {'×'.join(map(str, self.shape))}"
+
+    @property
     def name(self) -> str:
-        return f"{self.loss} {self.dtype} {'×'.join(map(str, self.shape))}, forward and backward"
+        return f"{self.what}, forward and backward"
 
     def smaller(self) -> Training:
         items, size = self.shape
@@ -186,21 +190,41 @@ def exact(work: Training) -> list[Any]:
     return work.exact()
 
 
-def compare(work: Training, seconds: float, threads: int = 1) -> dict[str, tuple[float, float]]:
-    """Give the median time of each side, and how many times klfast's it is. Calls take turns."""
+@dataclass
+class Trained:
+    """Seconds of each side on one thread, and how many times klfast's they are."""
+
+    training: Training
+    seconds: dict[str, float]
+    times: dict[str, float]
+
+    @property
+    def best(self) -> str | None:
+        """The fastest of the others."""
+        return min(self.times, key=lambda side: self.times[side]) if self.times else None
+
+    @property
+    def ratio(self) -> float | None:
+        return self.times[self.best] if self.best else None
+
+    def record(self) -> dict[str, Any]:
+        facts = {"what": self.training.what, "floor": self.training.floor, "best": self.best}
+        return facts | {"ratio": self.ratio, "seconds": self.seconds, "times": self.times}
+
+
+def compare(work: Training, seconds: float) -> Trained:
+    """Check the gradients of each side, then time them. Calls take turns."""
     contestants = {}
     for side, (library, _) in SIDES[work.loss].items():
         if library.installed:
-            with library.threads(threads):
+            with library.threads(1):
                 call = work.prepare(side)
                 work.check(call(), exact(work))
-            contestants[side] = Contestant(call, functools.partial(library.threads, threads))
+            contestants[side] = Contestant(call, functools.partial(library.threads, 1))
     times = interleave(contestants, seconds)
-    return {side: (median(t), ratio(times, side, "klfast")) for side, t in times.items()}
-
-
-if __name__ == "__main__":
-    for work in WORKS:
-        found = compare(work, seconds=3)
-        shown = ", ".join(f"{side} {1e3 * t:.3g} ms ({r:.2f}×)" for side, (t, r) in found.items())
-        print(f"{work.name}: {shown}; floor {work.floor}", flush=True)
+    others = [side for side in times if side != "klfast"]
+    return Trained(
+        work,
+        {side: median(t) for side, t in times.items()},
+        {side: ratio(times, side, "klfast") for side in others},
+    )
