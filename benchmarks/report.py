@@ -176,7 +176,7 @@ def main(
         return [work.smaller() for work in first.values()] if quick else works
 
     def few(works: list[training.Training]) -> list[training.Training]:
-        first = {work.loss: work for work in works}
+        first = {work.loss: work for work in reversed(works)}
         return [work.smaller() for work in first.values()] if quick else works
 
     works, sizes = small(chosen(WORKS)), [] if quick else chosen(SIZES)
