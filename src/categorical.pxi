@@ -849,8 +849,7 @@ cdef void categorical_slopes(const real **x, int n, const Slope *slope, int want
     if loop == Loop.ANY:
         loop = slope_loop_of_block(x, n, slope)
     elif loop == Loop.APART and wanted & 2:
-        fill(&constants[FACTOR_Q], <real> (
-            slope.cotangent / slope.weight * libm_exp(slope.shift + slope.shift_rest)))
+        fill(&constants[FACTOR_Q], <real> (slope.cotangent / slope.weight_q))
     else:
         loop = Loop.PLAIN
     categorical_slope_loop(
@@ -860,16 +859,17 @@ cdef void categorical_slopes(const real **x, int n, const Slope *slope, int want
                                to[0] + last, to[1] + last)
 
 
-cdef inline int slope_loop_of_row(const Sums *sums, const Slope *slope,
-                                  real of_type) noexcept nogil:
-    """What serves all blocks of a row, all of whose weights are plain."""
+cdef inline int slope_loop_of_row(const Sums *sums, Slope *slope, real of_type) noexcept nogil:
+    """What serves all blocks of a row, all of whose weights are plain. For P and Q apart, factors
+    must be far from the ends of float's range."""
     cdef double limit = offset_limit(of_type)
     if slope.beta != 1 or slope.peak != 0 or not (
             farthest_from(slope.shift, sums.lowest, sums.highest, 1) < safe_exponent(of_type)):
         return Loop.ANY
-    if slope.value > far_value() and -limit < sums.lowest and sums.highest < limit:
-        return Loop.APART
-    return Loop.PLAIN
+    if not (slope.value > far_value() and -limit < sums.lowest and sums.highest < limit):
+        return Loop.PLAIN
+    slope.weight_q = slope.weight * libm_exp(-(slope.shift + slope.shift_rest))
+    return Loop.APART if 0.5 < slope.weight_q < 1e20 else Loop.PLAIN
 
 
 cdef inline void categorical_slope(const Row *row, const Sums *sums, Slope *slope,

@@ -11,8 +11,8 @@ close to Q. A shift that is off costs no exactness, only conditioning.
 from libc.math cimport fabs
 from numpy cimport npy_intp
 from vecmath cimport (
-    INFINITY, LN2, atanh_tail, from_bfloat16, from_float16, larger, match_exponent, ratio_exponent, real,
-    smaller,
+    INFINITY, LN2, atanh_tail, from_bfloat16, from_float16, larger, match_exponent, ratio_exponent,
+    real, smaller,
 )
 
 cdef extern from "lanes.h":
@@ -76,6 +76,7 @@ ctypedef struct Slope:          # what the gradients of a row's elements are mad
     double peak                 # categorical: P_i = e^((a_i - peak)/T) / weight
     double shift                # categorical: log(Q_i/P_i) = (shift - (a_i - b_i))/T, in two parts
     double shift_rest
+    double weight_q             # categorical: sum e^b, where it is wanted
     int loop                    # categorical: that of all blocks, if one serves all
 
 
