@@ -31,9 +31,11 @@ import bench_discrete
 import bench_mvn
 import bench_normal
 import table
+import training
 from contrasts import CONTRASTS, Contrast
 from figures import draw_error, draw_growth, draw_speed
 from measure import Known, Machine, Pair, Row, accuracy, compare, growth, measure_machine, oppose
+from peers import TORCH
 from suite import Work
 from timing import machine as describe_machine
 
@@ -85,6 +87,16 @@ def pair_from_run(run: dict[tuple[str, str, int], Known], contrast: Contrast) ->
     own, beside = (one[side] for side in contrast.sides)
     both = two.get("klfast")
     return Pair(contrast, own, beside, beside / own, both, own / both if both else None)
+
+
+def trained_from_run(
+    run: dict[tuple[str, str, int], Known], work: training.Training
+) -> training.Trained | None:
+    seconds = run.get((work.loss, work.name, 1), {})
+    if "klfast" not in seconds:
+        return None
+    times = {side: t / seconds["klfast"] for side, t in seconds.items() if side != "klfast"}
+    return training.Trained(work, seconds, times)
 
 
 def in_turn(what: str, things: Iterable[Any], do: Callable[[Any], Any]) -> Iterator[Any]:
@@ -163,6 +175,10 @@ def main(
         first = {(work.entry, work.dtype, work.covariances): work for work in reversed(works)}
         return [work.smaller() for work in first.values()] if quick else works
 
+    def few(works: list[training.Training]) -> list[training.Training]:
+        first = {work.loss: work for work in reversed(works)}
+        return [work.smaller() for work in first.values()] if quick else works
+
     works, sizes = small(chosen(WORKS)), [] if quick else chosen(SIZES)
     with CONSOLE.status("the machine's bounds"):
         limits = Machine() if quick or known is not None else measure_machine(works)
@@ -173,9 +189,16 @@ def main(
     def pair(contrast: Contrast) -> Pair | None:
         return oppose(contrast, seconds) if known is None else pair_from_run(known, contrast)
 
+    def trained(work: training.Training) -> training.Trained | None:
+        if known is None:
+            return training.compare(work, 3 * seconds)
+        return trained_from_run(known, work)
+
     rows: list[Row] = [*in_turn("works", works, row)]
     pairs: list[Pair] = [*in_turn("layouts", chosen(CONTRASTS)[:: 5 if quick else 1], pair)]
-    text = table.readme_part(rows, pairs, seen)
+    losses = few(chosen(training.WORKS)) if TORCH.installed else []
+    trainings: list[training.Trained] = [*in_turn("training", losses, trained)]
+    text = table.readme_part(rows, pairs, trainings, seen)
     click.echo(text)
     if readme:
         write_between_markers(readme, text)
@@ -193,6 +216,7 @@ def main(
         draw_growth(grown, results / "growth.png")
         facts: dict[str, Any] = {"machine": seen | {"clock": limits.clock, "flops": limits.flops}}
         facts |= {"works": [r.record() for r in rows], "layouts": [p.record() for p in pairs]}
+        facts |= {"training": [t.record() for t in trainings]}
         facts |= {"sizes": [r.record() for r in swept], "distances": near, "growth": grown}
         write_numbers(results / "report.json", facts)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from measure import Pair, Result, Row
 from peers import LIBRARIES
+from training import SIDES, Trained
 
 LONG = 0.010  # seconds: from here on a second thread should give GAIN
 GAIN, LEAST_GAIN = 1.8, 0.9
@@ -34,13 +35,13 @@ def times(ratio: float | None, floor: float = 1.0) -> str:
 
 
 def verdict(ratio: float | None, floor: float | None, aim: float | None) -> str:
-    if floor is None or aim is None:
+    if floor is None:
         return "–"
+    marks = f"{floor:g}" if aim is None else f"{floor:g} · {aim:g}"
     if ratio is None:
-        return f"{floor:g} · {aim:g}"
-    return f"{floor:g} · {aim:g}: " + (
-        "**missed**" if ratio < floor else "held" if ratio < aim else "reached"
-    )
+        return marks
+    held = "held" if aim is None or ratio < aim else "reached"
+    return f"{marks}: " + ("**missed**" if ratio < floor else held)
 
 
 def two_threads(one: float | None, two: float | None, gain: float | None) -> str:
@@ -58,8 +59,11 @@ def name_of(row: Row) -> str:
     return f"`{work.function}` {shape}{kind}{near}"
 
 
-def in_a_line(result: Row | Pair) -> str:
+def in_a_line(result: Row | Pair | Trained) -> str:
     """Give the gist of a row while the others are measured."""
+    if isinstance(result, Trained):
+        peer = f"{result.best} {result.ratio:.2f}" if result.best else "no peer"
+        return f"{result.training.name}: {peer}, floor {result.training.floor:g}"
     if isinstance(result, Pair):
         contrast, ratio = result.contrast, result.times
         return f"{contrast.name}: {contrast.beside} {ratio:.2f}, floor {contrast.floor:g}"
@@ -135,10 +139,23 @@ def layouts_table(pairs: list[Pair]) -> Iterator[str]:
         )
 
 
-def summary(rows: list[Row], pairs: list[Pair]) -> str:
+def training_table(trained: list[Trained]) -> Iterator[str]:
+    peers = list(dict.fromkeys(side for sides in SIDES.values() for side in sides))[1:]
+    yield from head("loss and gradients", "klfast", "floor", *peers)
+    for t in trained:
+        yield line(
+            t.training.what,
+            milliseconds(t.seconds["klfast"]),
+            verdict(t.ratio, t.training.floor, None),
+            *(times(t.times.get(side)) for side in peers),
+        )
+
+
+def summary(rows: list[Row], pairs: list[Pair], trained: list[Trained]) -> str:
     """How many floors hold."""
     ratios = [(r.best.times, r.work.floor) for r in rows if r.best and r.work.floor]
     ratios += [(p.times, p.contrast.floor) for p in pairs]
+    ratios += [(t.ratio, t.training.floor) for t in trained]
     held = sum(ratio is not None and ratio >= floor for ratio, floor in ratios)
     lost = sum(bool(r.best and r.best.times and r.best.times < 1) for r in rows)
     gains = [(t.gain, one) for t, one in
@@ -162,7 +179,9 @@ def noise_of(rows: list[Row]) -> str:
     )
 
 
-def readme_part(rows: list[Row], pairs: list[Pair], seen: dict[str, Any]) -> str:
+def readme_part(
+    rows: list[Row], pairs: list[Pair], trained: list[Trained], seen: dict[str, Any]
+) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in seen["versions"].items())
     missing = [library.name for library in LIBRARIES if not library.installed]
     absent = f" Not on this machine: {', '.join(missing)}." if missing else ""
@@ -192,7 +211,12 @@ def readme_part(rows: list[Row], pairs: list[Pair], seen: dict[str, Any]) -> str
         "",
         *layouts_table(pairs),
         "",
-        summary(rows, pairs),
+        "Losses of a training loop, forward and backward together, as times klfast's time; the "
+        "gradients of each are checked first. The floor of the smallest is beside eager PyTorch:",
+        "",
+        *training_table(trained),
+        "",
+        summary(rows, pairs, trained),
         "",
         f"{seen['processor']}, {seen['cores']} cores, {seen['system']}, {seen['instruction set']}; "
         f"compiler {seen['compiler']}; {versions}; load {seen['load']:.1f} before the run. "

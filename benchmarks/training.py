@@ -32,7 +32,7 @@ TOLERANCE = {"float32": 1e-3, "float64": 1e-9}  # of a gradient, beside its larg
 @dataclass(frozen=True)
 class Training:
     """`wanted`: the arrays whose gradients are; `floor`: how many times klfast's time the best of
-    the others should take, on one thread."""
+    the others, or of the `rivals`, should take, on one thread."""
 
     loss: str
     entry: str
@@ -41,10 +41,15 @@ class Training:
     wanted: tuple[str, ...]
     floor: float
     threaded: bool = True
+    rivals: tuple[str, ...] = ("PyTorch", "torch.compile", "jax.jit")
+
+    @property
+    def what(self) -> str:
+        return f"{self.loss} {self.dtype} {'×'.join(map(str, self.shape))}"
 
     @property
     def name(self) -> str:
-        return f"{self.loss} {self.dtype} {'×'.join(map(str, self.shape))}, forward and backward"
+        return f"{self.what}, forward and backward"
 
     def smaller(self) -> Training:
         items, size = self.shape
@@ -125,7 +130,7 @@ def jax_distillation(logits_p, logits_q):
 
 
 def klfast_vae(loc_p, logvar_p):
-    return klfast.torch.kl_to_standard_normal(loc_p, logvar_p).mean()
+    return klfast.torch.kl_to_standard_normal(loc_p, logvar_p, reduction="mean")
 
 
 def torch_vae(loc_p, logvar_p):
@@ -177,7 +182,16 @@ WORKS = [
     Training("vae", "normal-logvar", "float32", (4096, 512), POSTERIOR, floor=1.8),
     Training("mvn", "mvn", "float64", (15_625, 8), BOTH, floor=2.0),
     Training("mvn", "mvn", "float64", (976, 32), BOTH, floor=2.0),
-    Training("distillation", "categorical", "float32", (8, 10), STUDENT, floor=1.0, threaded=False),
+    Training(
+        "distillation",
+        "categorical",
+        "float32",
+        (8, 10),
+        STUDENT,
+        floor=1.0,
+        threaded=False,
+        rivals=("PyTorch",),  # the same arrays in eager calls
+    ),
 ]
 
 
@@ -186,21 +200,42 @@ def exact(work: Training) -> list[Any]:
     return work.exact()
 
 
-def compare(work: Training, seconds: float, threads: int = 1) -> dict[str, tuple[float, float]]:
-    """Give the median time of each side, and how many times klfast's it is. Calls take turns."""
+@dataclass
+class Trained:
+    """Seconds of each side on one thread, and how many times klfast's they are."""
+
+    training: Training
+    seconds: dict[str, float]
+    times: dict[str, float]
+
+    @property
+    def best(self) -> str | None:
+        """The fastest of the rivals."""
+        rivals = [side for side in self.training.rivals if side in self.times]
+        return min(rivals, key=lambda side: self.times[side]) if rivals else None
+
+    @property
+    def ratio(self) -> float | None:
+        return self.times[self.best] if self.best else None
+
+    def record(self) -> dict[str, Any]:
+        facts = {"what": self.training.what, "floor": self.training.floor, "best": self.best}
+        return facts | {"ratio": self.ratio, "seconds": self.seconds, "times": self.times}
+
+
+def compare(work: Training, seconds: float) -> Trained:
+    """Check the gradients of each side, then time them. Calls take turns."""
     contestants = {}
     for side, (library, _) in SIDES[work.loss].items():
         if library.installed:
-            with library.threads(threads):
+            with library.threads(1):
                 call = work.prepare(side)
                 work.check(call(), exact(work))
-            contestants[side] = Contestant(call, functools.partial(library.threads, threads))
+            contestants[side] = Contestant(call, functools.partial(library.threads, 1))
     times = interleave(contestants, seconds)
-    return {side: (median(t), ratio(times, side, "klfast")) for side, t in times.items()}
-
-
-if __name__ == "__main__":
-    for work in WORKS:
-        found = compare(work, seconds=3)
-        shown = ", ".join(f"{side} {1e3 * t:.3g} ms ({r:.2f}×)" for side, (t, r) in found.items())
-        print(f"{work.name}: {shown}; floor {work.floor}", flush=True)
+    others = [side for side in times if side != "klfast"]
+    return Trained(
+        work,
+        {side: median(t) for side, t in times.items()},
+        {side: ratio(times, side, "klfast") for side in others},
+    )

@@ -37,6 +37,8 @@ cdef enum Loop:
     PLAIN
     EXACT
     FAR
+    APART    # gradients: e^b too is a normal number, and P and Q are far from each other
+    ANY      # gradients: blocks differ
 
 
 cdef inline double safe_exponent(real of_type) noexcept nogil:
@@ -403,6 +405,7 @@ cdef inline bint finish_by_logs(const Weighed *lanes, double lowest, double high
     cdef double weight = across(lanes.weight), change
     if not (larger(highest, -lowest) < offset_limit(of_type) and weight > 0):
         return False
+    into.lowest, into.highest = lowest, highest
     into.shift = across(lanes.moment) / weight
     change = into.shift + log(across(lanes.other) / weight)
     if not change > 0.5 + 0.66 * sqrt(across(lanes.square) / weight):
@@ -461,6 +464,8 @@ cdef void categorical_block(const real **x, int n, double beta, Sums *into) noex
         range_of(x[1], n, &lowest, &highest_b)
     into.shift = choose_shift(weight, across(sums.moment), lowest, highest, highest_b, <real> 0)
     fill(&constants[SHIFT], <real> into.shift)
+    into.lowest = lowest if loop == Loop.PLAIN else -INFINITY
+    into.highest = highest if loop == Loop.PLAIN else <double> INFINITY
     loop = second_loop(loop, farthest_from(into.shift, lowest, highest, beta), <real> 0)
     offset = is_offset(into.shift, weight, square)
     fill(infinite, <real> 0)
@@ -647,12 +652,18 @@ cdef inline double categorical_hard_value(const Row *row, Watch *watch) noexcept
 # Gradients. With r_i = log(P_i/Q_i) = -y_i for the exact shift, log(sum e^a / sum e^b),
 #     d/da_i = P_i (r_i - KL)/T,   d/db_i = (Q_i - P_i)/T = P_i expm1(y_i)/T.
 # e^a and y are taken by the loops above, y always in two parts: an element's error is its own.
+# Where KL > 1/2, errors of Q_i - P_i are measured by Q_i: it is taken as it stands.
 
 cdef enum:
     FACTOR = 4 * LANES       # cotangent/(T W)
     SHIFT_REST = 5 * LANES
     VALUE = 6 * LANES        # KL
-    SLOPE_CONSTANTS = 7 * LANES
+    FACTOR_Q = 7 * LANES     # cotangent/sum e^b, for P and Q far from each other
+    SLOPE_CONSTANTS = 8 * LANES
+
+
+cdef inline double far_value() noexcept nogil:
+    return 0.5
 
 
 cdef inline real exact_gap(real a, real b, real shift, real shift_rest, real *rest) noexcept nogil:
@@ -725,6 +736,18 @@ cdef inline void categorical_slope_run(int loop, int wanted, const real *a, cons
             copy(slope, to_b + i * LANES)
 
 
+cdef inline void apart_slope_run(const real *a, const real *b, int n, const real *constants,
+                                 real *to_b) noexcept nogil:
+    """The gradients with respect to b of n elements of each lane."""
+    cdef int lane, i
+    cdef real slope[LANES]
+    for i in range(n):
+        for lane in range(LANES):
+            slope[lane] = constants[FACTOR_Q + lane] * exp(b[i * LANES + lane], <real> 0) - (
+                constants[FACTOR + lane] * exp(a[i * LANES + lane], <real> 0))
+        copy(slope, to_b + i * LANES)
+
+
 cdef inline int slope_loop(double low_a, double high_a, double low_w, double high_w,
                            const Slope *slope, real of_type) noexcept nogil:
     cdef double safe = safe_exponent(of_type), limit = offset_limit(of_type)
@@ -783,9 +806,18 @@ cdef inline void slope_constants(const Slope *slopes, int each, real *constants)
 cdef void categorical_slope_loop(int loop, int wanted, const real *a, const real *b,
                                  npy_intp step_a, npy_intp step_b, int n, const real *constants,
                                  real *to_a, real *to_b) noexcept nogil:
-    if loop == Loop.PLAIN:
+    if loop == Loop.APART:
+        apart_slope_run(a, b, n, constants, to_b)
+        loop, wanted = Loop.PLAIN, wanted & 1
+    if not wanted:
+        return
+    if loop == Loop.PLAIN and wanted == 2:
+        categorical_slope_run(Loop.PLAIN, 2, a, b, step_a, step_b, n, constants, to_a, to_b)
+    elif loop == Loop.PLAIN:
         categorical_slope_run(
             Loop.PLAIN, wanted, a, b, step_a, step_b, n, constants, to_a, to_b)
+    elif loop == Loop.EXACT and wanted == 2:
+        categorical_slope_run(Loop.EXACT, 2, a, b, step_a, step_b, n, constants, to_a, to_b)
     elif loop == Loop.EXACT:
         categorical_slope_run(
             Loop.EXACT, wanted, a, b, step_a, step_b, n, constants, to_a, to_b)
@@ -793,21 +825,33 @@ cdef void categorical_slope_loop(int loop, int wanted, const real *a, const real
         categorical_slope_run(Loop.FAR, wanted, a, b, step_a, step_b, n, constants, to_a, to_b)
 
 
+cdef inline int slope_loop_of_block(const real **x, int n, const Slope *slope) noexcept nogil:
+    """For n elements, LANES or more once padded."""
+    cdef real found[4 * LANES]
+    cdef npy_intp last = n - LANES
+    fill(found, <real> INFINITY)
+    fill(found + LANES, -<real> INFINITY)
+    fill(found + 2 * LANES, <real> INFINITY)
+    fill(found + 3 * LANES, -<real> INFINITY)
+    gap_ranges(x[0], x[1], LANES, LANES, n // LANES, found)
+    gap_ranges(x[0] + last, x[1] + last, LANES, LANES, 1, found)
+    return slope_loop(least(found), largest(found + LANES), least(found + 2 * LANES),
+                      largest(found + 3 * LANES), slope, <real> 0)
+
+
 cdef void categorical_slopes(const real **x, int n, const Slope *slope, int wanted,
                              real **to) noexcept nogil:
     """The gradients of n elements, LANES or more once padded; the last lanes overlap."""
     cdef real constants[SLOPE_CONSTANTS]
-    cdef real found[4 * LANES]
-    cdef int lane, loop, steps = n // LANES
+    cdef int loop = slope.loop, steps = n // LANES
     cdef npy_intp last = n - LANES
-    for lane in range(LANES):
-        found[lane] = found[2 * LANES + lane] = <real> INFINITY
-        found[LANES + lane] = found[3 * LANES + lane] = -<real> INFINITY
     slope_constants(slope, 0, constants)
-    gap_ranges(x[0], x[1], LANES, LANES, steps, found)
-    gap_ranges(x[0] + last, x[1] + last, LANES, LANES, 1, found)
-    loop = slope_loop(least(found), largest(found + LANES), least(found + 2 * LANES),
-                      largest(found + 3 * LANES), slope, <real> 0)
+    if loop == Loop.ANY:
+        loop = slope_loop_of_block(x, n, slope)
+    elif loop == Loop.APART and wanted & 2:
+        fill(&constants[FACTOR_Q], <real> (slope.cotangent / slope.weight_q))
+    else:
+        loop = Loop.PLAIN
     categorical_slope_loop(
         loop, wanted, x[0], x[1], LANES, LANES, steps, constants, to[0], to[1])
     if n % LANES:
@@ -815,7 +859,21 @@ cdef void categorical_slopes(const real **x, int n, const Slope *slope, int want
                                to[0] + last, to[1] + last)
 
 
-cdef inline void categorical_slope(const Row *row, const Sums *sums, Slope *slope) noexcept nogil:
+cdef inline int slope_loop_of_row(const Sums *sums, Slope *slope, real of_type) noexcept nogil:
+    """What serves all blocks of a row, all of whose weights are plain. For P and Q apart, factors
+    must be far from the ends of float's range."""
+    cdef double limit = offset_limit(of_type)
+    if slope.beta != 1 or slope.peak != 0 or not (
+            farthest_from(slope.shift, sums.lowest, sums.highest, 1) < safe_exponent(of_type)):
+        return Loop.ANY
+    if not (slope.value > far_value() and -limit < sums.lowest and sums.highest < limit):
+        return Loop.PLAIN
+    slope.weight_q = slope.weight * libm_exp(-(slope.shift + slope.shift_rest))
+    return Loop.APART if 0.5 < slope.weight_q < 1e20 else Loop.PLAIN
+
+
+cdef inline void categorical_slope(const Row *row, const Sums *sums, Slope *slope,
+                                   real of_type) noexcept nogil:
     """From the sums of a row. A weight below 1 would leave small P_i to underflow."""
     cdef double move, beta = slope.beta
     slope.peak, slope.weight, slope.shift_rest = sums.peak, sums.weight, 0
@@ -825,6 +883,7 @@ cdef inline void categorical_slope(const Row *row, const Sums *sums, Slope *slop
         move = log(sums.weight)
         slope.peak = <double> <float> (sums.peak + move / beta)
         slope.weight = libm_exp((sums.peak - slope.peak) * beta + move)
+    slope.loop = slope_loop_of_row(sums, slope, of_type)
 
 
 cdef inline void categorical_hard_slope(const Row *row, Watch *watch, Slope *slope) noexcept nogil:
@@ -833,5 +892,6 @@ cdef inline void categorical_hard_slope(const Row *row, Watch *watch, Slope *slo
     cdef double lse_a = log_sum_exp(row, watch, 0, peak_a)
     cdef double lse_b = log_sum_exp(row, watch, 1, peak_b)
     slope.peak, slope.weight, slope.shift_rest = peak_a, libm_exp(lse_a), 0
+    slope.loop = Loop.ANY
     slope.shift = two_sum(peak_a, -peak_b, &slope.shift_rest)
     slope.shift = two_sum(slope.shift, (lse_a - lse_b) / slope.beta, &slope.shift_rest)

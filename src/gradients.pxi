@@ -7,7 +7,7 @@ double, one element at a time. Elements do not depend on each other: blocks are 
 and threads may take pieces of one row in any order.
 """
 
-from gufunc cimport Batch, Kernel, Plan, Watch, look_for_signals
+from gufunc cimport Batch, Kernel, Plan, Watch, is_unwanted, look_for_signals
 from libc.string cimport memset
 from sums cimport BLOCK, LANES, MAX_OPERANDS, Family, Row, Slope, Sums
 
@@ -45,12 +45,15 @@ cdef inline bint writes_in_place(int format, npy_intp step, int n, real of_type)
     return native and n >= LANES and step == sizeof(real)
 
 
-cdef void fill_slopes(const Row *row, const Target *target, double value) noexcept nogil:
+cdef void fill_slopes(const Row *row, const Target *target, double value,
+                      Watch *watch) noexcept nogil:
     cdef int operand
     cdef npy_intp i
     for operand in range(row.n_operands):
         if target.wanted >> operand & 1:
             for i in range(row.length):
+                if is_unwanted(watch, i):
+                    return
                 store(target.to[operand] + i * target.step[operand], row.format, value)
 
 
@@ -135,12 +138,12 @@ cdef bint fast_gradient(const Row *row, Slope *slope, const Target *target, Watc
     if watch.stop:
         return True
     if slope.cotangent == 0 or row.length == 1 and row.family != Family.NORMAL and row.normalize:
-        fill_slopes(row, target, 0)
+        fill_slopes(row, target, 0, watch)
         return True
     if row.family == Family.DISCRETE:
         discrete_slope(row, &sums, ratio, slope, of_type)
     elif row.family == Family.CATEGORICAL:
-        categorical_slope(row, &sums, slope)
+        categorical_slope(row, &sums, slope, of_type)
     slope_row(row, slope, target, watch, of_type)
     return True
 
@@ -161,7 +164,7 @@ cdef void row_gradient(const Row *row, Slope *slope, const Target *target, Watch
     if watch.stop:
         return
     if slope.cotangent == 0 or slope.value != slope.value:
-        fill_slopes(row, target, 0 if slope.cotangent == 0 else NAN)
+        fill_slopes(row, target, 0 if slope.cotangent == 0 else NAN, watch)
         return
     if row.family == Family.NORMAL:
         normal_hard_slopes(
@@ -246,7 +249,7 @@ cdef inline void lane_slope(const Row *row, const LaneParts *parts, int lane,
     if row.family == Family.DISCRETE:
         discrete_slope(row, &sums, parts.ratio[lane], slope, of_type)
     elif row.family == Family.CATEGORICAL:
-        categorical_slope(row, &sums, slope)
+        categorical_slope(row, &sums, slope, of_type)
 
 
 cdef void sum_group(Group *group, real *buffer, const real **x, npy_intp *step) noexcept nogil:
@@ -341,7 +344,7 @@ cdef int group_gradients(const Batch *batch, npy_intp first, const Kernel *kerne
               group.values[lane])
         if group.slopes[lane].cotangent == 0 or constant:
             aim(batch, first + lane, row, kernel.wanted, &target)
-            fill_slopes(row, &target, 0)
+            fill_slopes(row, &target, 0, watch)
             done |= 1 << lane
     if done == all_lanes:
         return status

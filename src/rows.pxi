@@ -120,6 +120,8 @@ cdef void add_part(Sums *into, const Sums *part, double beta) noexcept nogil:
     cdef Sums rounded
     cdef int i
     into.doubtful |= part.doubtful
+    into.lowest = smaller(part.lowest, into.lowest)
+    into.highest = larger(part.highest, into.highest)
     if d == 0 and fall == 0:
         add(into, part.weight, part.divergence, part.drift, part.direct)
         for i in range(4):

@@ -11,8 +11,8 @@ close to Q. A shift that is off costs no exactness, only conditioning.
 from libc.math cimport fabs
 from numpy cimport npy_intp
 from vecmath cimport (
-    LN2, atanh_tail, from_bfloat16, from_float16, larger, match_exponent, ratio_exponent, real,
-    smaller,
+    INFINITY, LN2, atanh_tail, from_bfloat16, from_float16, larger, match_exponent, ratio_exponent,
+    real, smaller,
 )
 
 cdef extern from "lanes.h":
@@ -50,6 +50,8 @@ ctypedef struct Sums:
     double rest[4]              # what the rounding of each of these left out
     double shift                # categorical: what they are relative to, in units of the logits
     double peak                 # categorical: the other sums are multiples of e^(peak/T)
+    double lowest               # categorical: where a - b lies, if all weights are plain
+    double highest
     bint doubtful               # a value outside the fast formula's range
 
 ctypedef struct LaneParts:      # of LANES rows: a part of each
@@ -75,6 +77,8 @@ ctypedef struct Slope:          # what the gradients of a row's elements are mad
     double peak                 # categorical: P_i = e^((a_i - peak)/T) / weight
     double shift                # categorical: log(Q_i/P_i) = (shift - (a_i - b_i))/T, in two parts
     double shift_rest
+    double weight_q             # categorical: sum e^b, where it is wanted
+    int loop                    # categorical: that of all blocks, if one serves all
 
 
 cdef inline void clear(Sums *sums) noexcept nogil:
@@ -83,6 +87,7 @@ cdef inline void clear(Sums *sums) noexcept nogil:
     for i in range(4):
         sums.rest[i] = 0
     sums.shift = sums.peak = 0
+    sums.lowest, sums.highest = INFINITY, -INFINITY
     sums.doubtful = False
 
 

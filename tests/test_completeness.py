@@ -122,6 +122,37 @@ def test_has_peers(name):
     assert len(libraries) >= 4, libraries
 
 
+FRONTS = ("klfast.grad", "klfast.torch", "klfast.jax")
+# What makes a benchmark of their own idle.
+NOT_BENCHMARKED = {
+    "klfast.torch.elbo": "kl_to_standard_normal and means",
+    "klfast.torch.policy_kl": "kl_categorical or kl_normal and a mean",
+    "klfast.torch.kl_div": "PyTorch's own operations, element by element",
+    "klfast.torch.kl_penalty": "PyTorch's own operations, element by element",
+    "klfast.torch.install": "registers functions",
+    "klfast.torch.uninstall": "registers functions",
+    "klfast.jax.kl_discrete": "XLA calls every kernel as it calls that of kl_categorical",
+    "klfast.jax.kl_normal": "XLA calls every kernel as it calls that of kl_categorical",
+    "klfast.jax.kl_mvn": "XLA calls every kernel as it calls that of kl_categorical",
+}
+
+
+@pytest.mark.parametrize("front", FRONTS)
+def test_fronts_have_benchmarks(front):
+    pytest.importorskip(front.replace("klfast.", "") if front != "klfast.grad" else "klfast")
+    module = importlib.import_module(front)
+    text = "\n".join(path.read_text() for path in sorted(BENCHMARKS.glob("*.py")))
+    functions = [name for name in module.__all__ if inspect.isfunction(getattr(module, name))]
+    assert functions
+    for name in functions:
+        benchmarked = re.search(rf"\b{re.escape(front)}\.{name}\b", text) is not None
+        listed = f"{front}.{name}" in NOT_BENCHMARKED
+        assert benchmarked or listed, f"{front}.{name} has no benchmark"
+        assert not (benchmarked and listed), f"{front}.{name} has a benchmark"
+    known = {f"{front}.{name}" for name in functions}
+    assert {name for name in NOT_BENCHMARKED if name.startswith(front)} <= known
+
+
 GRADIENTS = [name for name in klfast.grad.__all__ if name.startswith("kl_")]
 each_gradient = pytest.mark.parametrize("name", GRADIENTS)
 

@@ -93,6 +93,35 @@ def test_logits_anywhere(logits, dtype):
     check(IDS["categorical"], {"logits_p": a, "logits_q": b})
 
 
+@dtypes
+@pytest.mark.parametrize("spread", [0.5, 0.7, 1.0, 3.0, 6.0])
+def test_logits_at_any_distance(spread, dtype):
+    """Another formula serves from KL = 1/2 on."""
+    entry = IDS["categorical"]
+    for size in (40, 1100, 3000):
+        rng = np.random.default_rng(size)
+        arrays = {
+            name: spread * rng.standard_normal((1, size)) for name in ("logits_p", "logits_q")
+        }
+        check(entry, {name: x.astype(dtype) for name, x in arrays.items()})
+
+
+@dtypes
+@pytest.mark.parametrize("offset", [-35, 35])
+def test_offsets_of_far_rows(offset, dtype):
+    """Sums of e^b at the ends of float32's range, times a small cotangent."""
+    rng = np.random.default_rng(0)
+    a, b = (0.3 * rng.standard_normal(30_000) + k * offset for k in (1, 2))
+    b += np.linspace(-2.5, 2.5, 30_000)
+    a, b = a.astype(dtype), b.astype(dtype)
+    value, got = klfast.grad.kl_categorical(a, b, wrt="logits_q", cotangent=1e-8)
+    assert value > 0.5
+    p, q = (np.exp(x - x.max(), dtype=np.float64) for x in (np.float64(a), np.float64(b)))
+    p, q = p / p.sum(), q / q.sum()
+    scale = np.abs(q - p) + q
+    assert (np.abs(got - 1e-8 * (q - p)) <= 1e-8 * 2 * ROWS[dtype] * scale).all()
+
+
 WEIGHTS = {
     "far": ([1e-30, 2e-30, 1.0], [1.0, 1e-30, 1e-30]),
     "totals far apart": ([1e-25, 3e-25, 2e-25], [2e20, 5e20, 4e20]),

@@ -260,6 +260,44 @@ def test_ctrl_c_answers_soon(shape, threads):
     assert waited < 5, f"{waited:.2f} s"
 
 
+INTERRUPTED_GRADIENT = """
+    import os, signal, sys, threading, time
+    import numpy as np, klfast, klfast.grad
+    klfast.set_num_threads(int(sys.argv[1]))
+    n = 400_000_000
+    row = np.broadcast_to(np.float32(0.5), n)
+    call = {
+        "discrete": lambda **o: klfast.grad.kl_discrete(row, row, wrt="q", **o),
+        "categorical": lambda **o: klfast.grad.kl_categorical(row, row, wrt="logits_q", **o),
+        "normal": lambda **o: klfast.grad.kl_normal(row, row, row, row, wrt="scale_q", **o),
+        "standard": lambda **o: klfast.grad.kl_normal(row, logvar_p=row, wrt="logvar_p", **o),
+        "constant": lambda **o: klfast.grad.kl_discrete(row, row, wrt="q", cotangent=0.0, **o),
+    }[sys.argv[2]]
+    gradient = np.empty(n, np.float32)
+    gradient[0] = gradient[-1] = 7
+
+    def interrupt():
+        while gradient[0] == 7:
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    try:
+        call(out=(gradient,))
+    except KeyboardInterrupt:
+        assert gradient[-1] == 7, "written to the end"
+        print("interrupted", flush=True)
+"""
+
+
+@posix
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", ["discrete", "categorical", "normal", "standard", "constant"])
+def test_ctrl_c_answers_within_the_gradient_of_one_row(kind, threads):
+    """The signal comes when the first element is written; the last one never is."""
+    assert fresh.run(INTERRUPTED_GRADIENT, threads, kind) == "interrupted\n"
+
+
 TRIANGLE = """
     import sys, time
     import numpy as np, klfast

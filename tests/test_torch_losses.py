@@ -161,8 +161,8 @@ def test_a_graph_that_is_kept_gives_the_same_again():
 def test_distillation_computes_once_and_only_the_students_gradient(monkeypatch):
     asked = []
 
-    def spy(temperature, tensors, wanted, weight):
-        result = weighted(temperature, tensors, wanted, weight)
+    def spy(call, tensors, wanted, weight):
+        result = weighted(call, tensors, wanted, weight)
         asked.append((tuple(wanted), [x.data_ptr() for x in result[1]]))
         return result
 
@@ -222,11 +222,14 @@ def test_distillation_of_near_equal_logits_does_not_cancel():
     assert error < 1e-6
 
 
-def test_distillation_has_no_second_derivatives():
+def test_losses_that_reduce_have_no_second_derivatives():
     student = logits(3, 4)
     loss = distillation_loss(student, torch.randn(3, 4).double())
     with pytest.raises(RuntimeError, match="no second derivatives"):
         torch.autograd.grad(loss, student, create_graph=True)
+    mu, logvar = logits(3, 4), logits(3, 4)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        elbo(logits(3), mu, logvar).elbo.backward(create_graph=True)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -282,6 +285,79 @@ def test_kl_to_standard_normal():
     assert torch.equal(kl_to_standard_normal(zero, zero), torch.zeros(2))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_kl_to_standard_normal_reduces(reduction, dtype):
+    mu, logvar = torch.randn(2, 4, 3, 50).to(dtype)
+    for cut in (np.s_[:], np.s_[..., ::2], np.s_[0, 0]):
+        inputs = [x[cut].detach().requires_grad_() for x in (mu, logvar)]
+        got = kl_to_standard_normal(*inputs, reduction=reduction)
+        rows = kl_to_standard_normal(*inputs)
+        want = getattr(rows, reduction)()
+        torch.testing.assert_close(got, want)
+        for upstream in (1.0, -0.25):
+            for g, w in zip(
+                torch.autograd.grad(upstream * got, inputs, retain_graph=True),
+                torch.autograd.grad(upstream * want, inputs, retain_graph=True),
+                strict=True,
+            ):
+                torch.testing.assert_close(g, w)
+        one = kl_to_standard_normal(inputs[0].detach(), inputs[1], reduction=reduction)
+        (alone,) = torch.autograd.grad(one, inputs[1])
+        torch.testing.assert_close(alone, torch.autograd.grad(got, inputs[1])[0])
+
+
+def test_kl_to_standard_normal_reduces_whatever_it_is_given():
+    mu, logvar = logits(3, 5), logits(5)
+    rows = kl_to_standard_normal(mu, logvar)
+    torch.testing.assert_close(kl_to_standard_normal(mu, logvar, reduction="mean"), rows.mean())
+    each = kl_to_standard_normal(mu, logvar, axis=(), reduction="mean")
+    torch.testing.assert_close(5 * each, rows.mean())
+    empty = torch.zeros(0, 5)
+    assert kl_to_standard_normal(empty, empty, reduction="mean") == 0
+    zero = torch.zeros(2, 0)
+    assert kl_to_standard_normal(zero, zero, reduction="sum") == 0
+    with pytest.raises(ValueError, match="reduction must be"):
+        kl_to_standard_normal(mu, logvar, reduction="batchmean")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_kl_to_standard_normal_reduces_for_tracers():
+    mu, logvar = logits(3, 5), logits(3, 5)
+
+    def loss(mu, logvar):
+        return kl_to_standard_normal(mu, logvar, reduction="mean")
+
+    want = torch.autograd.grad(loss(mu, logvar), (mu, logvar))
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)(mu, logvar)
+    for found in (
+        torch.autograd.grad(compiled, (mu, logvar)),
+        torch.func.grad(loss, argnums=(0, 1))(mu, logvar),
+    ):
+        for g, w in zip(found, want, strict=True):
+            torch.testing.assert_close(g, w)
+
+
+def test_large_gradients_take_the_memory_of_those_that_are_gone():
+    student, teacher = torch.randn(2, 40, 1 << 18)
+    student.requires_grad_()
+    distillation_loss(student, teacher).backward()
+    first, address = student.grad.clone(), student.grad.data_ptr()
+    assert address % 64 == 0
+    view, student.grad = student.grad[0, :2].numpy(), None
+    distillation_loss(student, teacher).backward()
+    second = student.grad.data_ptr()
+    assert second != address, "somebody still looks at it"
+    torch.testing.assert_close(student.grad, first, rtol=0, atol=0)
+    del view
+    student.grad = None
+    distillation_loss(student, -teacher).backward()
+    assert student.grad.data_ptr() in (address, second)
+    student.grad = None
+    distillation_loss(student, teacher).backward()
+    torch.testing.assert_close(student.grad, first, rtol=0, atol=0)
+
+
 def test_elbo():
     mu, logvar = logits(3, 5), logits(3, 5)
     likelihood = logits(3)
@@ -290,7 +366,8 @@ def test_elbo():
     torch.testing.assert_close(bound.kl, kl.mean())
     torch.testing.assert_close(bound.log_likelihood, likelihood.mean())
     torch.testing.assert_close(bound.elbo, (likelihood - 4 * kl).mean())
-    assert elbo(likelihood, mu, logvar).elbo == likelihood.mean() - kl.mean()
+    unweighted = elbo(likelihood, mu, logvar).elbo
+    torch.testing.assert_close(unweighted, likelihood.mean() - kl.mean())
     got = torch.autograd.grad(bound.elbo, (likelihood, mu, logvar))
     want = (torch.full((3,), 1 / 3), -4 * mu / 3, -2 * (logvar.exp() - 1) / 3)
     for g, w in zip(got, want, strict=True):

@@ -127,6 +127,20 @@ def test_masked_tokens_cost_nothing_whatever_they_hold(estimator):
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_masked_rows_cost_nothing_whatever_they_hold(estimator):
+    policy, reference = torch.randn(2, 4, 5)
+    policy[1], policy[2], reference[3] = NAN, -INF, INF
+    policy.requires_grad_()
+    mask, tokens = torch.tensor([True, False, False, False]), torch.tensor([0, 1, -100, 2])
+    penalty = kl_penalty(policy, reference, tokens, estimator=estimator, mask=mask)
+    assert penalty[0] != 0
+    assert torch.equal(penalty[1:], torch.zeros(3))
+    penalty.sum().backward()
+    assert (policy.grad[0] != 0).all()
+    assert torch.equal(policy.grad[1:], torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_from_logits(estimator):
     policy, reference = random(2, 5, 7), random(2, 5, 7)
     tokens = torch.randint(7, (2, 5))

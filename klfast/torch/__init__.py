@@ -2,7 +2,8 @@
 klfast for PyTorch: divergences of CPU tensors, differentiable, and the losses made of them.
 
 `kl_discrete`, `kl_categorical`, `kl_normal` and `kl_mvn` are those of `klfast` on tensors, read in
-place. `install()` makes `torch.distributions.kl_divergence` use them. klfast is a CPU library:
+place. Memory of gradients over 32 MB is used again, once they are gone: that of up to two stays.
+`install()` makes `torch.distributions.kl_divergence` use them. klfast is a CPU library:
 tensors on another device are refused.
 """
 

@@ -6,6 +6,9 @@ tensors are all of one dtype. Nothing here knows of autograd.
 
 from __future__ import annotations
 
+import contextlib
+import weakref
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +24,8 @@ from klfast.grad._shared import call_plainly
 
 HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, torch.float64, *HALVES)
+
+LARGE = 1 << 25  # bytes: malloc gives larger memory back to the system as soon as it is free
 
 
 class Call(NamedTuple):
@@ -148,6 +153,33 @@ def lie_alike(call: Call, tensors: Sequence[Tensor]) -> bool:
     return True
 
 
+kept: deque[tuple[Any, weakref.ref[Any]]] = deque(maxlen=2)  # memory, and who has it
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """As that of PyTorch, for contiguous tensors. The memory of the last large gradients is kept
+    for the next ones, which take it once nobody has these any more: to map it anew takes longer
+    than to compute them."""
+    size = x.nbytes
+    if size < LARGE:
+        return torch.empty_like(x)
+    memory = spare(size + 64)
+    part = memory[-memory.ctypes.data % 64 :][:size]  # aligned as PyTorch does
+    kept.append((memory, weakref.ref(part)))  # the tensor holds on to the part
+    return torch.from_numpy(part).view(x.dtype).view(x.shape)
+
+
+def spare(size: int) -> Any:
+    """Memory of this size, taken out of what is kept, for no other thread to take, or new."""
+    for _ in range(len(kept)):
+        with contextlib.suppress(IndexError):
+            memory, user = kept.popleft()
+            if len(memory) == size and user() is None:
+                return memory
+            kept.append((memory, user))
+    return np.empty(size, np.uint8)
+
+
 def direct(
     call: Call,
     tensors: Sequence[Tensor],
@@ -162,7 +194,7 @@ def direct(
     for i, wants in enumerate(wanted):
         if wants:
             bits |= 1 << i
-            gradients.append(torch.empty_like(tensors[i]))
+            gradients.append(empty_like(tensors[i]))
     if bits:
         numbers += (cotangent.data_ptr() if isinstance(cotangent, Tensor) else cotangent,)
     total = _kernels.direct(call.kernel, bits)(

@@ -9,8 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from klfast.torch._autograd import at_their_places, categorical_call, no_second_derivatives
+from klfast.torch._autograd import (
+    at_their_places,
+    categorical_call,
+    no_second_derivatives,
+    normal_call,
+)
 from klfast.torch._tensors import (
+    Call,
     as_array,
     check,
     check_one,
@@ -71,13 +77,13 @@ def kl_div(
     return terms.sum() / (terms.shape[0] if reduction == "batchmean" and terms.ndim else 1)
 
 
-class Distillation(torch.autograd.Function):
-    """Σ weight · KL(teacher‖student), and the gradients in the same pass."""
+class Weighted(torch.autograd.Function):
+    """Σ weight · divergence, and the gradients in the same pass."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, weight: Any) -> Any:
-        ctx.wanted = ctx.needs_input_grad[1::-1]
-        loss, gradients = weighted(temperature, (teacher, student), ctx.wanted, weight)
+    def forward(ctx: Any, call: Call, weight: Any, *tensors: Tensor) -> Any:
+        ctx.wanted = ctx.needs_input_grad[2:]
+        loss, gradients = weighted(call, tensors, ctx.wanted, weight)
         ctx.save_for_backward(*gradients)
         return loss
 
@@ -89,15 +95,13 @@ class Distillation(torch.autograd.Function):
         # A graph that is kept keeps these: they are passed on, or multiplied, never written to.
         if not is_plain(upstream) or upstream.item() != 1:
             gradients = [g * upstream.to(g.dtype) for g in gradients]
-        teacher, student = at_their_places(gradients, ctx.wanted)
-        return student, teacher, None, None
+        return None, None, *at_their_places(gradients, ctx.wanted)
 
 
 def weighted(
-    temperature: float, tensors: tuple[Tensor, Tensor], wanted: Sequence[bool], weight: Any
+    call: Call, tensors: Sequence[Tensor], wanted: Sequence[bool], weight: Any
 ) -> tuple[Tensor, list[Tensor]]:
-    """Σ weight · KL(teacher‖student), and the wanted gradients."""
-    call = categorical_call(temperature)
+    """Σ weight · divergence, and the wanted gradients."""
     if type(weight) is float and lie_alike(call, tensors):
         total, gradients = direct(call, tensors, wanted, weight)
         dtype = tensors[0].dtype
@@ -106,6 +110,13 @@ def weighted(
         return weighted_sum(value(call, tensors).numpy(), weight), []
     rows, gradients = value_and_gradients(call, tensors, wanted, weight)
     return weighted_sum(rows, weight), gradients
+
+
+def weighted_loss(call: Call, tensors: Sequence[Tensor], weight: Any) -> Tensor:
+    if needs_gradient(*tensors):
+        loss: Tensor = Weighted.apply(call, weight, *tensors)
+        return loss
+    return weighted(call, tensors, (), weight)[0]
 
 
 def weighted_sum(rows: Any, weight: Any) -> Tensor:
@@ -183,10 +194,7 @@ def distillation_loss(
     else:
         kept = as_array(counts)
         weight = kept * (square / max(kept.sum(), 1) if reduction == "batchmean" else square)
-    if needs_gradient(student, teacher):
-        loss: Tensor = Distillation.apply(student, teacher, temperature, weight)
-        return loss
-    return weighted(temperature, (teacher, student), (), weight)[0]
+    return weighted_loss(categorical_call(temperature), (teacher, student), weight)
 
 
 def rows_that_count(
@@ -217,7 +225,9 @@ def reduce_rows(rows: Tensor, counts: Tensor | None, reduction: str) -> Tensor:
     return rows.sum() / (max(rows.numel(), 1) if counts is None else counts.sum().clamp(min=1))
 
 
-def kl_to_standard_normal(mu: Tensor, logvar: Tensor, *, axis: int | tuple[()] = -1) -> Tensor:
+def kl_to_standard_normal(
+    mu: Tensor, logvar: Tensor, *, axis: int | tuple[()] = -1, reduction: str = "none"
+) -> Tensor:
     """
     KL(N(mu, exp(logvar)) ‖ N(0, I)): the term of a variational autoencoder.
 
@@ -227,17 +237,37 @@ def kl_to_standard_normal(mu: Tensor, logvar: Tensor, *, axis: int | tuple[()] =
         Means and logarithms of variances of the posterior.
     axis : int or (), default -1
         The axis that is summed over; ``()`` gives the divergence of each latent dimension.
+    reduction : {"none", "mean", "sum"}
+        "mean": over the batch, 0 if it is empty. "none": the divergence of each item.
 
     Returns
     -------
-    Tensor, shape (...)
-        The divergence in nats of each item: take the mean over the batch.
+    Tensor, shape (...) or ()
+        The divergence in nats.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument that is not taken; the message names it.
+
+    Notes
+    -----
+    Eager calls that reduce compute value and gradients in one pass when they are called, and keep
+    the gradients. What autograd then brings from above multiplies them, unless it is 1; there are
+    no second derivatives. Those that do not reduce keep the inputs alone, and read them again.
 
     References
     ----------
     .. [1] D. P. Kingma, M. Welling, "Auto-Encoding Variational Bayes" (2014), appendix B.
     """
-    return kl_normal(mu, logvar_p=logvar, axis=axis)
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
+    if reduction != "none" and axis == -1:
+        tensors = check({"mu": mu, "logvar": logvar})
+        if is_plain(*tensors) and mu.shape == logvar.shape and mu.numel():
+            rows = mu.numel() // mu.shape[-1] if reduction == "mean" else 1
+            return weighted_loss(normal_call("logvar", ""), tensors, 1 / rows)
+    return reduce_rows(kl_normal(mu, logvar_p=logvar, axis=axis), None, reduction)
 
 
 class ELBO(NamedTuple):
@@ -277,11 +307,12 @@ def elbo(log_likelihood: Tensor, mu: Tensor, logvar: Tensor, *, beta: float | Te
     .. [1] I. Higgins et al., "β-VAE: Learning Basic Visual Concepts with a Constrained Variational
        Framework" (2017).
     """
-    kl = kl_to_standard_normal(mu, logvar)
-    if log_likelihood.shape != kl.shape:
+    shape = torch.broadcast_shapes(mu.shape, logvar.shape)[:-1]
+    if log_likelihood.shape != shape:
         raise ValueError(
-            f"log_likelihood has shape {tuple(log_likelihood.shape)}; wanted {tuple(kl.shape)}, "
+            f"log_likelihood has shape {tuple(log_likelihood.shape)}; wanted {tuple(shape)}, "
             "one number for each row of mu"
         )
-    likelihood, divergence = log_likelihood.mean(), kl.mean()
+    likelihood = log_likelihood.mean()
+    divergence = kl_to_standard_normal(mu, logvar, reduction="mean")
     return ELBO(likelihood - beta * divergence, likelihood, divergence)

@@ -111,7 +111,7 @@ def kl_penalty(
             raise TypeError("estimator='exact' takes neither tokens nor clip: it samples nothing")
         return reduce_rows(kl_categorical(policy, reference), mask, "none")
     if tokens is not None:
-        policy, reference = (log_probability(x, tokens) for x in (policy, reference))
+        policy, reference = (log_probability(x, tokens, mask) for x in (policy, reference))
     r = reference - policy
     if mask is not None:
         r = torch.where(mask, r, 0)
@@ -125,8 +125,11 @@ def kl_penalty(
     return 2 * kl_normal(torch.zeros_like(r), logvar_p=r, axis=())
 
 
-def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Of the tokens, in single precision at least."""
+def log_probability(logits: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Of the tokens, in single precision at least; of those that do not count, anything finite: a
+    gradient of 0 times NaN would be NaN."""
+    if mask is not None:
+        logits, tokens = torch.where(mask.unsqueeze(-1), logits, 0), torch.where(mask, tokens, 0)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return chosen - logits.logsumexp(-1)
