@@ -41,7 +41,6 @@ cdef extern from "mvn.h" nogil:
         COLUMNS "MVN_COLUMNS"
         DEPTH "MVN_DEPTH"
         SMALL "MVN_SMALL"
-        SMALL_TRIANGLE "MVN_SMALL_TRIANGLE"
         BUNDLE "MVN_BUNDLE"
     ctypedef struct Side "mvn_side":  # one distribution of every item: addresses, strides in bytes
         char *loc
@@ -52,18 +51,24 @@ cdef extern from "mvn.h" nogil:
         bint shared
     ctypedef struct SmallFactor "mvn_small_factor":
         pass
-    ctypedef struct Bundle "mvn_bundle":
-        double *x
-        double *y
-        double *kl
     void small_f32 "mvn_small_f32"(
         const Side *p, const Side *q, npy_intp first, npy_intp groups, npy_intp wide,
-        SmallFactor *a, SmallFactor *b, bint fresh, Bundle *bundle, npy_intp n)
+        SmallFactor *a, SmallFactor *b, bint fresh, double *kl, npy_intp n)
     void small_f64 "mvn_small_f64"(
         const Side *p, const Side *q, npy_intp first, npy_intp groups, npy_intp wide,
-        SmallFactor *a, SmallFactor *b, bint fresh, Bundle *bundle, npy_intp n)
-    vec gather_f32 "mvn_gather_f32"(char *const *at, npy_intp offset)
-    vec gather_f64 "mvn_gather_f64"(char *const *at, npy_intp offset)
+        SmallFactor *a, SmallFactor *b, bint fresh, double *kl, npy_intp n)
+    bint all_finite "mvn_all_finite"(const double *x, npy_intp count)
+    ctypedef struct Lanes "mvn_lanes":
+        vec *p
+        vec *q
+        vec *y
+        vec *reciprocal
+    void lanes_group_f32 "mvn_lanes_group_f32"(
+        const Lanes *a, const Side *p, const Side *q, npy_intp item, npy_intp wide, bint load_p,
+        bint load_q, bint ahead, npy_intp stride, npy_intp n, double *kl)
+    void lanes_group_f64 "mvn_lanes_group_f64"(
+        const Lanes *a, const Side *p, const Side *q, npy_intp item, npy_intp wide, bint load_p,
+        bint load_q, bint ahead, npy_intp stride, npy_intp n, double *kl)
     vec ones "mvn_ones"()
     void lanes_cholesky "mvn_lanes_cholesky"(vec *a, vec *reciprocal, npy_intp stride, npy_intp n)
     void lanes_reciprocals "mvn_lanes_reciprocals"(
@@ -118,8 +123,9 @@ cdef extern from "mvn.h" nogil:
 # alone choose the kernel.
 cdef enum:
     MOST_LANES = 8
+    MOST_BUNDLE = 64
     MOST_ROWS = 32
-    LANES_FROM_FACTORS = 10
+    LANES_FROM_FACTORS = 24
     LANES_FROM_COVARIANCES = 24
     BLOCK = 8        # least panels of a covariance that threads share before they are factorised
     MOST_TOGETHER = 8    # panels that are solved together
@@ -187,123 +193,78 @@ cdef inline bint lanes_improper(const double *x, const double *y, npy_intp lane,
 
 # ---- small: a kernel for each number of rows up to SMALL --------------------------------------
 
+cdef inline int put(const Batch *batch, npy_intp first, npy_intp count, const double *kl,
+                    npy_intp step, const Side *p, const Side *q, npy_intp n,
+                    real type_tag) noexcept nogil:
+    """Write results of items side by side. Those that are not finite are computed once more, alone:
+    either the item is bad, or its numbers are out of the range of the formulas for lanes."""
+    cdef char *out = batch.operands[2 if q == NULL else 4]
+    cdef npy_intp outer = batch.outer[2 if q == NULL else 4], i
+    cdef Watch watch
+    cdef int status = 0
+    if outer == sizeof(real):
+        for i in range(count):
+            (<real *> out)[first + i] = <real> kl[i * step]
+    else:
+        for i in range(count):
+            (<real *> (out + (first + i) * outer))[0] = <real> kl[i * step]
+    if all_finite(kl, count * step):
+        return 0
+    watch.threads, watch.stop, watch.next_look = 1, False, INFINITY
+    for i in range(count):
+        if not isfinite(kl[i * step]):
+            status |= panels_rows(batch, first + i, first + i + 1, p, q, n, &watch, type_tag)
+    return status
+
+
 cdef inline int small_rows(const Batch *batch, npy_intp first, npy_intp last, const Side *p,
                            const Side *q, npy_intp n, real type_tag) noexcept nogil:
     cdef SmallFactor factor_p, factor_q
-    cdef Bundle bundle
-    cdef char *out = batch.operands[2 if q == NULL else 4]
-    cdef npy_intp out_outer = batch.outer[2 if q == NULL else 4]
-    cdef npy_intp item = first, groups, count, i, wide, width, place
-    cdef double kl
+    cdef double kl[MOST_BUNDLE]
+    cdef bint wide = last - first >= LANES  # else one item in all lanes
+    cdef npy_intp item = first, groups, width = LANES if wide else 1
     cdef int status = 0
     while item < last:
-        wide = last - item >= LANES  # else one item in all lanes, which share its group
-        width = LANES if wide else 1
+        item = min(item, last - width)  # the last group overlaps the one before
         groups = min(<npy_intp> BUNDLE, (last - item) // width)
         if real is float:
-            small_f32(p, q, item, groups, wide, &factor_p, &factor_q, item == first, &bundle, n)
+            small_f32(p, q, item, groups, wide, &factor_p, &factor_q, item == first, kl, n)
         else:
-            small_f64(p, q, item, groups, wide, &factor_p, &factor_q, item == first, &bundle, n)
-        for i in range(groups * width):
-            place = i if wide else i * LANES
-            kl = bundle.kl[place]
-            if not isfinite(kl):
-                place = place // LANES * n * LANES + place % LANES
-                status |= settle(&kl, lanes_improper(bundle.x, bundle.y, place, n), p, q, item + i,
-                                 n, type_tag)
-            (<real *> (out + (item + i) * out_outer))[0] = <real> kl
+            small_f64(p, q, item, groups, wide, &factor_p, &factor_q, item == first, kl, n)
+        status |= put(batch, item, groups * width, kl, 1 if wide else LANES, p, q, n, type_tag)
         item += groups * width
     return status
 
 
 # ---- lanes: matrices of up to LANES_LIMIT rows, LANES items side by side ----------------------
 
-cdef inline vec gather(char *const *at, npy_intp offset, real type_tag) noexcept nogil:
-    if real is float:
-        return gather_f32(at, offset)
-    else:
-        return gather_f64(at, offset)
-
-
-cdef inline void lanes_load(vec *a, const Side *s, npy_intp first, npy_intp last, npy_intp n,
-                            npy_intp stride, bint loc_only, real type_tag) noexcept nogil:
-    """[mu | L] of the items from `first` on; beyond the last one, the last one again.
-
-    An odd number of rows gets one more, of an identity matrix: it adds nothing.
-    """
-    cdef char *loc[MOST_LANES]
-    cdef char *matrix[MOST_LANES]
-    cdef npy_intp loc_inner = s.loc_inner, row = s.row, column = s.column, i, j, lane, item
-    for lane in range(LANES):
-        item = min(first + lane, last - 1)
-        loc[lane] = s.loc + item * s.loc_outer
-        matrix[lane] = s.matrix + item * s.matrix_outer
-    for i in range(n):
-        a[i * stride] = gather(loc, i * loc_inner, type_tag)
-    if loc_only:
-        return
-    for i in range(n):
-        for j in range(i + 1):
-            a[i * stride + j + 1] = gather(matrix, i * row + j * column, type_tag)
-    if n % 2 == 1:
-        memset(a + n * stride, 0, (n + 1) * sizeof(vec))
-        a[n * stride + n + 1] = ones()
-
-
 cdef inline int lanes_rows(const Batch *batch, npy_intp first, npy_intp last, const Side *p,
                            const Side *q, npy_intp n, real type_tag) noexcept nogil:
-    cdef npy_intp even = n + n % 2, stride = (n + 4) // 4 * 4
-    cdef npy_intp square = (even + 2) * stride * LANES, line = even * LANES
-    cdef npy_intp length = 3 * square + 4 * line + LANES
-    cdef void *memory = malloc(length * sizeof(double) + 64)
+    cdef npy_intp even = n + n % 2, stride = (n + 4) // 4 * 4, square = (even + 2) * stride, i
+    cdef bint wide = last - first >= LANES, load_p, load_q, ahead
+    cdef npy_intp item = first, width = LANES if wide else 1
+    cdef double kl[MOST_LANES]
+    cdef Lanes a
+    cdef int status = 0
+    cdef void *memory = malloc((3 * square + even) * sizeof(vec) + 64)
     if memory == NULL:
         return NO_MEMORY
-    cdef double *factor_p = aligned(memory)
-    cdef double *factor_q = factor_p + square
-    cdef double *y = factor_q + square
-    cdef double *reciprocal = y + square
-    cdef double *t = reciprocal + line
-    cdef double *diagonal_p = t + line
-    cdef double *diagonal_q = diagonal_p + line
-    cdef double *squares = diagonal_q + line
-    cdef double kl[MOST_LANES]
-    cdef char *out = batch.operands[2 if q == NULL else 4]
-    cdef npy_intp out_outer = batch.outer[2 if q == NULL else 4]
-    cdef npy_intp group, lane, i
-    cdef bint fresh
-    cdef int status = 0
-    memset(factor_p, 0, 2 * square * sizeof(double))
-    if q == NULL:
-        for i in range(line):
-            diagonal_q[i] = 1.0
-    for group from first <= group < last by LANES:
-        if q != NULL:
-            fresh = group == first or not q.shared
-            lanes_load(<vec *> factor_q, q, group, last, n, stride, not fresh, type_tag)
-            if fresh:
-                if q.covariance:
-                    lanes_cholesky(<vec *> factor_q, <vec *> reciprocal, stride, even)
-                else:
-                    lanes_reciprocals(<vec *> factor_q, <vec *> reciprocal, stride, even)
-                lanes_diagonal(<vec *> factor_q, <vec *> diagonal_q, stride, even)
-        fresh = group == first or not p.shared
-        lanes_load(<vec *> factor_p, p, group, last, n, stride, not fresh, type_tag)
-        if fresh:
-            if p.covariance:
-                lanes_cholesky(<vec *> factor_p, <vec *> t, stride, even)
-            lanes_diagonal(<vec *> factor_p, <vec *> diagonal_p, stride, even)
-        if q == NULL:
-            lanes_whiten_standard(<vec *> factor_p, <vec *> y, <vec *> squares, stride, even)
+    a.p = <vec *> aligned(memory)
+    a.q, a.y, a.reciprocal = a.p + square, a.p + 2 * square, a.p + 3 * square
+    memset(a.p, 0, 2 * square * sizeof(vec))
+    for i in range(even):
+        a.reciprocal[i] = ones()
+    while item < last:
+        item = min(item, last - width)  # the last group overlaps the one before
+        load_p = item == first or not p.shared
+        load_q = q != NULL and (item == first or not q.shared)
+        ahead = last - item >= 2 * LANES
+        if real is float:
+            lanes_group_f32(&a, p, q, item, wide, load_p, load_q, ahead, stride, n, kl)
         else:
-            lanes_whiten(<vec *> factor_p, <vec *> factor_q, <vec *> reciprocal, <vec *> y,
-                         <vec *> squares, stride, even)
-        lanes_diagonal(<vec *> y, <vec *> t, stride, even)
-        lanes_divergence(diagonal_p, diagonal_q, t, squares, even, kl)
-        for lane in range(min(<npy_intp> LANES, last - group)):
-            if not isfinite(kl[lane]):
-                status |= settle(&kl[lane], lanes_improper(diagonal_p, diagonal_q, lane, n),
-                                 p, q, group + lane, n, type_tag)
-            (<real *> (out + (group + lane) * out_outer))[0] = <real> kl[lane]
+            lanes_group_f64(&a, p, q, item, wide, load_p, load_q, ahead, stride, n, kl)
+        status |= put(batch, item, width, kl, 1, p, q, n, type_tag)
+        item += width
     free(memory)
     return status
 
