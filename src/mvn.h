@@ -43,6 +43,7 @@
 typedef double mvn_vec __attribute__((vector_size(8 * MVN_LANES), may_alias));
 typedef double mvn_loose __attribute__((vector_size(8 * MVN_LANES), may_alias, aligned(8)));
 typedef int64_t mvn_bits __attribute__((vector_size(8 * MVN_LANES), may_alias));
+typedef uint64_t mvn_words __attribute__((vector_size(8 * MVN_LANES), may_alias));
 typedef int64_t mvn_loose_bits __attribute__((vector_size(8 * MVN_LANES), may_alias, aligned(8)));
 
 MVN_INLINE mvn_vec mvn_ones(void) { return (mvn_vec){0} + 1.0; }
@@ -188,47 +189,50 @@ static inline int mvn_all_finite(const double *x, ptrdiff_t count) {
     return !(carried >> 63);
 }
 
-/* a where the mask is set, else b: of a choice GCC would compute both sides to the end. */
-static inline double mvn_pick(int64_t mask, double a, double b) {
-    return from_bits_f64((bits_f64(a) & (uint64_t)mask) | (bits_f64(b) & ~(uint64_t)mask));
+/* a where bits are set, else b. */
+MVN_INLINE mvn_vec mvn_pick(mvn_bits mask, mvn_vec a, mvn_vec b) {
+    return (mvn_vec)(((mvn_bits)a & mask) | ((mvn_bits)b & ~mask));
 }
 
-/* sum_i (t_i - log1p(t_i)) over up to four, from t_i = x_i / y_i - 1 and u_i = x_i / y_i, `step` apart,
- * with one logarithm. With S = sum t_i, U = prod u_i = 1 + T and T = S + R, where R holds the
- * products of two and more, the sum is
- *     S - log U = (T - log1p(T)) - R,
- * which for small t_i loses a factor of 7 at most; there T - log1p(T) is taken as above. Other sums
- * are no smaller than 0.02, and an ulp of 1 does not matter. The sign bit of `bad` is set unless
- * 2^-1000 < U < 2^1000. 2e-14 (2e-15 seen). */
-MVN_INLINE double mvn_terms(
-    const double *t, const double *u, ptrdiff_t step, const int count, uint64_t *bad) {
-    double sum = t[0], rest = 0.0, total = t[0], product = u[0], squares = t[0] * t[0];
+ATANH_TAIL_F64(mvn_atanh_tail, mvn_vec)
+
+/* sum_i (t_i - log1p(t_i)) over up to four, from t_i = x_i / y_i - 1 and u_i = x_i / y_i, with one
+ * logarithm. With S = sum t_i, U = prod u_i = 1 + T and T = S + R, where R holds the products of two
+ * and more, and the integer e that brings V = U 2^e near 1, it is
+ *     S - log U = (S - 2 atanh(s)) + e ln 2,    s = (V - 1) / (V + 1).
+ * Where it is small, e = 0 and S - 2s = s T - R, which loses a factor of 7 at most. U is 1 + T as long
+ * as that is exact to an ulp of 1. The sign bit of `bad` is set unless 2^-1000 < U < 2^1000.
+ * 5e-14 (5e-15 seen). */
+MVN_INLINE mvn_vec mvn_terms(
+    const mvn_vec *t, const mvn_vec *u, const int count, mvn_bits *bad) {
+    const mvn_words one = (mvn_words){0} + ((uint64_t)0x3ff << 52);
+    const mvn_words half = (mvn_words){0} + ((uint64_t)1 << 51);
+    mvn_vec sum = t[0], rest = {0}, total = t[0], product = u[0], squares = t[0] * t[0];
     MVN_UNROLL for (int i = 1; i < count; i++) {
-        rest += total * t[i * step];
-        sum += t[i * step];
+        rest += total * t[i];
+        sum += t[i];
         total = sum + rest;
-        product *= u[i * step];
-        squares += t[i * step] * t[i * step];
+        product *= u[i];
+        squares += t[i] * t[i];
     }
-    int64_t small = squares < 0.125 ? -1 : 0;
-    double ratio = mvn_pick(small, 1.0 + total, product);
-    double e = ratio_exponent_f64(1.0, ratio), matched = match_exponent_f64(1.0, ratio);
-    int64_t near = e == 0.0 ? small : 0;
-    double s = mvn_pick(near, total, matched - 1.0) / (matched + 1.0);
-    double close = s * total - rest, far = (sum - 2.0 * s) + e * 0.6931471805599453;
-    *bad |= bits_f64(1e6 - e * e);
-    return mvn_pick(near, close, far) - atanh_tail_f64(s);
+    mvn_bits moderate = (mvn_bits)(squares < 0.25), small = (mvn_bits)(squares < 0.019);
+    mvn_vec ratio = mvn_pick(moderate, 1.0 + total, product);
+    mvn_words shift = (one - (mvn_words)ratio) + half; /* its upper 12 bits: e, as in vecmath.h */
+    mvn_words field = (shift ^ ((mvn_words){0} + ((uint64_t)1 << 63))) >> 52;
+    mvn_vec e = (mvn_vec)(field | ((uint64_t)0x433 << 52)) - (0x1p52 + 2048.0);
+    mvn_vec matched = (mvn_vec)((mvn_words)ratio + (shift & ((uint64_t)0xfff << 52)));
+    mvn_vec s = mvn_pick(small, total, matched - 1.0) / (matched + 1.0);
+    mvn_vec near = s * total - rest, far = (sum - 2.0 * s) + e * 0.6931471805599453;
+    *bad |= (mvn_bits)(1e6 - e * e);
+    return mvn_pick(small, near, far) - mvn_atanh_tail(s);
 }
 
 /* ---- small ----------------------------------------------------------------------------------- */
 
 /* Up to SMALL rows: a kernel for each number of rows, in which all loops over rows are unrolled.
- * LANES items side by side are a group, lower triangles are packed; BUNDLE groups share one loop
- * over logarithms. */
+ * LANES items side by side are a group, lower triangles are packed. */
 #define MVN_SMALL 8
 #define MVN_SMALL_TRIANGLE (MVN_SMALL * (MVN_SMALL + 1) / 2)
-#define MVN_BUNDLE 8
-#define MVN_BUNDLE_ITEMS (MVN_BUNDLE * MVN_LANES)
 
 typedef struct {            /* one distribution of every item: addresses, and strides in bytes */
     char *loc;
@@ -243,26 +247,6 @@ typedef struct { mvn_vec l[MVN_SMALL_TRIANGLE], reciprocal[MVN_SMALL]; } mvn_sma
 #define MVN_EACH(i, begin, end) MVN_UNROLL for (int i = begin; i < (end); i++)
 #define MVN_TRIANGLE(i, j) ((i) * ((i) + 1) / 2 + (j))
 
-/* L <- the factor of S = L L^T, and the reciprocals of its diagonal. Pivots d wait for one division
- * each: rows of L D^(1/2) and of L D^(-1/2) come first. */
-MVN_INLINE void mvn_small_cholesky(mvn_vec *l, mvn_vec *reciprocal, const int n) {
-    mvn_vec unit[MVN_SMALL_TRIANGLE], inverse[MVN_SMALL];
-    MVN_EACH(i, 0, n) {
-        mvn_vec *row = l + MVN_TRIANGLE(i, 0), *scaled = unit + MVN_TRIANGLE(i, 0);
-        MVN_EACH(j, 0, i) {
-            MVN_EACH(k, 0, j) row[j] -= row[k] * unit[MVN_TRIANGLE(j, k)];
-        }
-        MVN_EACH(j, 0, i) {
-            scaled[j] = row[j] * inverse[j];
-            row[i] -= row[j] * scaled[j];
-            row[j] *= reciprocal[j];
-        }
-        inverse[i] = 1.0 / row[i];
-        reciprocal[i] = mvn_sqrt(inverse[i]);
-        row[i] *= reciprocal[i];
-    }
-}
-
 /* Asks for a group's matrices, if they lie side by side; beyond the last item it asks in vain. */
 MVN_INLINE void mvn_small_prefetch(const mvn_side *s, ptrdiff_t item) {
     const char *matrix = s->matrix + item * s->matrix_outer;
@@ -272,19 +256,50 @@ MVN_INLINE void mvn_small_prefetch(const mvn_side *s, ptrdiff_t item) {
     }
 }
 
+/* Row i of a covariance becomes that of its factor, after the rows above. Pivots d wait for one
+ * division each: sums run over products of rows of L D^(1/2), at hand, and of L D^(-1/2), `unit`. */
+MVN_INLINE void mvn_small_eliminate(
+    mvn_vec *row, mvn_vec *unit, mvn_vec *inverse, mvn_vec *reciprocal, int solved, const int i,
+    const int n) {
+    mvn_vec *scaled = unit + MVN_TRIANGLE(i, 0);
+    MVN_EACH(j, 1, i) {
+        MVN_EACH(k, 0, j) row[j] -= row[k] * unit[MVN_TRIANGLE(j, k)];
+    }
+    MVN_EACH(j, 0, i) {
+        scaled[j] = row[j] * inverse[j];
+        row[i] -= row[j] * scaled[j];
+        row[j] *= reciprocal[j];
+    }
+    if (i < n - 1) {
+        inverse[i] = 1.0 / row[i];
+        reciprocal[i] = mvn_sqrt(inverse[i]);
+        row[i] *= reciprocal[i];
+    } else {
+        row[i] = mvn_sqrt(row[i]);
+        if (solved) reciprocal[i] = 1.0 / row[i];
+    }
+}
+
 /* A group: LANES items from one on, or (`wide`: 0) one item in all lanes. `solved`: with it. */
 MVN_INLINE void mvn_small_load(
     const mvn_side *s, ptrdiff_t item, ptrdiff_t wide, int solved, mvn_small_factor *factor,
     const int n, const int single) {
-    const ptrdiff_t outer = wide * s->matrix_outer, row = s->row, column = s->column;
+    const ptrdiff_t outer = wide * s->matrix_outer, below = s->row, column = s->column;
     const char *at = s->matrix + item * s->matrix_outer;
-    MVN_EACH(i, 0, n) {
-        mvn_read(factor->l + MVN_TRIANGLE(i, 0), at + i * row, outer, column, i + 1, single);
-    }
+    mvn_vec unit[MVN_SMALL_TRIANGLE], inverse[MVN_SMALL];
     if (s->covariance) {
-        mvn_small_cholesky(factor->l, factor->reciprocal, n);
-    } else if (solved) {
-        MVN_EACH(i, 0, n) factor->reciprocal[i] = 1.0 / factor->l[MVN_TRIANGLE(i, i)];
+        MVN_EACH(i, 0, n) {
+            mvn_vec row[MVN_SMALL];
+            mvn_read(row, at + i * below, outer, column, i + 1, single);
+            mvn_small_eliminate(row, unit, inverse, factor->reciprocal, solved, i, n);
+            MVN_EACH(j, 0, i + 1) factor->l[MVN_TRIANGLE(i, j)] = row[j];
+        }
+        return;
+    }
+    MVN_EACH(i, 0, n) {
+        mvn_vec *row = factor->l + MVN_TRIANGLE(i, 0);
+        mvn_read(row, at + i * below, outer, column, i + 1, single);
+        if (solved) factor->reciprocal[i] = 1.0 / row[i];
     }
 }
 
@@ -294,33 +309,22 @@ MVN_INLINE void mvn_small_loc(
     mvn_read(loc, s->loc + item * s->loc_outer, wide * s->loc_outer, s->loc_inner, n, single);
 }
 
-/* What a bundle leaves for the loop over logarithms. */
-typedef struct {
-    double t[MVN_SMALL][MVN_BUNDLE_ITEMS], u[MVN_SMALL][MVN_BUNDLE_ITEMS]; /* x / y - 1, x / y */
-    double squares[MVN_BUNDLE_ITEMS];
-    uint64_t bad[MVN_BUNDLE_ITEMS];                                        /* sign bit: y or x < 0 */
-} mvn_bundle;
-
-/* One group; `q` is NULL for N(0, I). */
-MVN_INLINE void mvn_small_group(
+/* The divergences of a group, NaN where other formulas may know more; `q` is NULL for N(0, I). */
+MVN_INLINE mvn_vec mvn_small_group(
     const mvn_side *p, const mvn_side *q, ptrdiff_t item, ptrdiff_t wide, mvn_small_factor *a,
-    mvn_small_factor *b, int load_p, int load_q, mvn_bundle *bundle, ptrdiff_t group, const int n,
-    const int single) {
-    mvn_vec z[MVN_SMALL], squares[2] = {{0}, {0}}, t, u;
-    mvn_bits sign = {0};
-    ptrdiff_t place = group * MVN_LANES;
+    mvn_small_factor *b, int load_p, int load_q, const int n, const int single) {
+    mvn_vec z[MVN_SMALL], t[MVN_SMALL], u[MVN_SMALL], squares[2] = {{0}, {0}}, kl;
+    mvn_bits bad = {0};
     if (load_p) mvn_small_load(p, item, wide, 0, a, n, single);
     if (load_q) mvn_small_load(q, item, wide, 1, b, n, single);
     mvn_small_loc(p, item, wide, z, n, single);
     if (!q) {
         MVN_EACH(i, 0, n) {
-            u = a->l[MVN_TRIANGLE(i, i)];
-            t = u - 1.0;
-            sign |= (mvn_bits)u;
-            squares[0] += z[i] * z[i] + t * t;
+            u[i] = a->l[MVN_TRIANGLE(i, i)];
+            t[i] = u[i] - 1.0;
+            bad |= (mvn_bits)u[i];
+            squares[0] += z[i] * z[i] + t[i] * t[i];
             MVN_EACH(j, 0, i) squares[1] += a->l[MVN_TRIANGLE(i, j)] * a->l[MVN_TRIANGLE(i, j)];
-            *(mvn_vec *)(bundle->t[i] + place) = t;
-            *(mvn_vec *)(bundle->u[i] + place) = u;
         }
     } else {
         mvn_vec column[MVN_SMALL];
@@ -340,22 +344,21 @@ MVN_INLINE void mvn_small_group(
                 column[i] *= b->reciprocal[i];
                 squares[1] += column[i] * column[i];
             }
-            *(mvn_vec *)(bundle->t[j] + place) = column[j];
-            u = a->l[MVN_TRIANGLE(j, j)];
-            sign |= (mvn_bits)u | (mvn_bits)b->reciprocal[j];
-            *(mvn_vec *)(bundle->u[j] + place) = u * b->reciprocal[j];
+            t[j] = column[j];
+            u[j] = a->l[MVN_TRIANGLE(j, j)] * b->reciprocal[j];
+            bad |= (mvn_bits)a->l[MVN_TRIANGLE(j, j)] | (mvn_bits)b->reciprocal[j];
         }
     }
-    *(mvn_vec *)(bundle->squares + place) = squares[0] + squares[1];
-    *(mvn_bits *)(bundle->bad + place) = sign;
+    kl = 0.5 * (squares[0] + squares[1]) + mvn_terms(t, u, n < 4 ? n : 4, &bad);
+    if (n > 4) kl += mvn_terms(t + 4, u + 4, n - 4, &bad);
+    return mvn_pick(bad < 0, mvn_ones() * NAN, kl);
 }
 
-/* The divergences of `groups` groups from item `first` on; `fresh`: shared factors have not been
- * loaded yet. NaN where other formulas may know more. */
-MVN_INLINE void mvn_small_bundle(
-    const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups, ptrdiff_t wide, mvn_small_factor *a,
-    mvn_small_factor *b, int fresh, double *kl, const int n, const int single) {
-    mvn_bundle bundle;
+/* `groups` groups from item `first` on; `fresh`: shared factors have not been loaded yet. */
+MVN_INLINE void mvn_small_groups(
+    const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups, ptrdiff_t wide,
+    mvn_small_factor *a, mvn_small_factor *b, int fresh, double *kl, const int n,
+    const int single) {
     for (ptrdiff_t group = 0; group < groups; group++) {
         ptrdiff_t item = first + group * (wide ? MVN_LANES : 1);
         int begin = fresh && group == 0;
@@ -363,22 +366,15 @@ MVN_INLINE void mvn_small_bundle(
             mvn_small_prefetch(p, item + MVN_LANES);
             if (q) mvn_small_prefetch(q, item + MVN_LANES);
         }
-        mvn_small_group(p, q, item, wide, a, b, begin || !p->shared, q && (begin || !q->shared),
-                        &bundle, group, n, single);
-    }
-    for (ptrdiff_t i = 0; i < groups * MVN_LANES; i++) {
-        double sum = 0.5 * bundle.squares[i];
-        uint64_t bad = bundle.bad[i];
-        sum += mvn_terms(bundle.t[0] + i, bundle.u[0] + i, MVN_BUNDLE_ITEMS, n < 4 ? n : 4, &bad);
-        if (n > 4) {
-            sum += mvn_terms(bundle.t[4] + i, bundle.u[4] + i, MVN_BUNDLE_ITEMS, n - 4, &bad);
-        }
-        kl[i] = (int64_t)bad < 0 ? NAN : sum;
+        mvn_vec found = mvn_small_group(p, q, item, wide, a, b, begin || !p->shared,
+                                        q && (begin || !q->shared), n, single);
+        if (wide) *(mvn_loose *)(kl + group * MVN_LANES) = found;
+        else kl[group] = found[0];
     }
 }
 
 #define MVN_SMALL_CASE(n, single) case n: \
-    mvn_small_bundle(p, q, first, groups, wide, a, b, fresh, kl, n, single); break;
+    mvn_small_groups(p, q, first, groups, wide, a, b, fresh, kl, n, single); break;
 #define MVN_SMALL_CASES(single) switch (n) { \
     MVN_SMALL_CASE(1, single) MVN_SMALL_CASE(2, single) MVN_SMALL_CASE(3, single) \
     MVN_SMALL_CASE(4, single) MVN_SMALL_CASE(5, single) MVN_SMALL_CASE(6, single) \
@@ -473,11 +469,12 @@ MVN_INLINE void mvn_lanes_cholesky(mvn_vec *a, mvn_vec *reciprocal, ptrdiff_t st
             below -= lower[k] * upper[k];
             second -= lower[k] * lower[k];
         }
-        second -= below * (below / first);
-        upper[j] = mvn_sqrt(first);
-        lower[j + 1] = mvn_sqrt(second);
-        reciprocal[j] = 1.0 / upper[j];
-        reciprocal[j + 1] = 1.0 / lower[j + 1];
+        mvn_vec inverse = 1.0 / first;
+        second -= below * (below * inverse);
+        reciprocal[j] = mvn_sqrt(inverse);
+        reciprocal[j + 1] = mvn_sqrt(1.0 / second);
+        upper[j] = first * reciprocal[j];
+        lower[j + 1] = second * reciprocal[j + 1];
         lower[j] = below * reciprocal[j];
         for (ptrdiff_t i = j + 2; i < n; i += 4) mvn_lanes_eliminate(a, reciprocal, stride, i, j);
     }
@@ -550,30 +547,17 @@ MVN_INLINE void mvn_lanes_whiten_standard(
 MVN_INLINE void mvn_lanes_sum(
     const mvn_vec *p, const mvn_vec *reciprocal, const mvn_vec *y, const mvn_vec *squares,
     ptrdiff_t stride, ptrdiff_t n, double *kl) {
-    mvn_vec t[MVN_LANES_LIMIT], u[MVN_LANES_LIMIT], terms[MVN_LANES_LIMIT / 4], sum = 0.5 * *squares;
-    mvn_bits bad[MVN_LANES_LIMIT / 4], sign = {0};
-    ptrdiff_t parts = (n + 3) / 4;
-    for (ptrdiff_t i = 0; i < 4 * parts; i++) {
-        ptrdiff_t place = i % 4 * parts + i / 4, at = i * stride + i + 1;
-        t[place] = (mvn_vec){0};
-        u[place] = mvn_ones();
-        if (i < n) {
-            t[place] = y[at];
-            u[place] = p[at] * reciprocal[i];
-            sign |= (mvn_bits)p[at] | (mvn_bits)reciprocal[i];
-        }
+    mvn_vec t[MVN_LANES_LIMIT], u[MVN_LANES_LIMIT], sum = 0.5 * *squares;
+    mvn_bits bad = {0};
+    for (ptrdiff_t i = 0; i < n; i++) {
+        mvn_vec x = p[i * stride + i + 1];
+        t[i] = y[i * stride + i + 1];
+        u[i] = x * reciprocal[i];
+        bad |= (mvn_bits)x | (mvn_bits)reciprocal[i];
     }
-    for (ptrdiff_t k = 0; k < parts * MVN_LANES; k++) {
-        uint64_t flag = 0;
-        ((double *)terms)[k] = mvn_terms(
-            (double *)t + k, (double *)u + k, parts * MVN_LANES, 4, &flag);
-        ((int64_t *)bad)[k] = (int64_t)flag;
-    }
-    for (ptrdiff_t k = 0; k < parts; k++) {
-        sum += terms[k];
-        sign |= bad[k];
-    }
-    for (int lane = 0; lane < MVN_LANES; lane++) kl[lane] = sign[lane] < 0 ? NAN : sum[lane];
+    for (ptrdiff_t i = 0; i + 4 <= n; i += 4) sum += mvn_terms(t + i, u + i, 4, &bad);
+    if (n % 4) sum += mvn_terms(t + n - 2, u + n - 2, 2, &bad);
+    *(mvn_loose *)kl = mvn_pick(bad < 0, mvn_ones() * NAN, sum);
 }
 
 /* Scratch for items in lanes: [mu | L] of both sides, [z | Y] and 1 / L_q,ii. */

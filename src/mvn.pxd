@@ -41,7 +41,6 @@ cdef extern from "mvn.h" nogil:
         COLUMNS "MVN_COLUMNS"
         DEPTH "MVN_DEPTH"
         SMALL "MVN_SMALL"
-        BUNDLE "MVN_BUNDLE"
     ctypedef struct Side "mvn_side":  # one distribution of every item: addresses, strides in bytes
         char *loc
         npy_intp loc_outer, loc_inner
@@ -123,7 +122,7 @@ cdef extern from "mvn.h" nogil:
 # alone choose the kernel.
 cdef enum:
     MOST_LANES = 8
-    MOST_BUNDLE = 64
+    MOST_GROUPS = 8  # of small matrices between two looks at what they gave
     MOST_ROWS = 32
     LANES_FROM_FACTORS = 24
     LANES_FROM_COVARIANCES = 24
@@ -194,7 +193,7 @@ cdef inline bint lanes_improper(const double *x, const double *y, npy_intp lane,
 # ---- small: a kernel for each number of rows up to SMALL --------------------------------------
 
 cdef inline int put(const Batch *batch, npy_intp first, npy_intp count, const double *kl,
-                    npy_intp step, const Side *p, const Side *q, npy_intp n,
+                    const Side *p, const Side *q, npy_intp n,
                     real type_tag) noexcept nogil:
     """Write results of items side by side. Those that are not finite are computed once more, alone:
     either the item is bad, or its numbers are out of the range of the formulas for lanes."""
@@ -204,15 +203,15 @@ cdef inline int put(const Batch *batch, npy_intp first, npy_intp count, const do
     cdef int status = 0
     if outer == sizeof(real):
         for i in range(count):
-            (<real *> out)[first + i] = <real> kl[i * step]
+            (<real *> out)[first + i] = <real> kl[i]
     else:
         for i in range(count):
-            (<real *> (out + (first + i) * outer))[0] = <real> kl[i * step]
-    if all_finite(kl, count * step):
+            (<real *> (out + (first + i) * outer))[0] = <real> kl[i]
+    if all_finite(kl, count):
         return 0
     watch.threads, watch.stop, watch.next_look = 1, False, INFINITY
     for i in range(count):
-        if not isfinite(kl[i * step]):
+        if not isfinite(kl[i]):
             status |= panels_rows(batch, first + i, first + i + 1, p, q, n, &watch, type_tag)
     return status
 
@@ -220,18 +219,18 @@ cdef inline int put(const Batch *batch, npy_intp first, npy_intp count, const do
 cdef inline int small_rows(const Batch *batch, npy_intp first, npy_intp last, const Side *p,
                            const Side *q, npy_intp n, real type_tag) noexcept nogil:
     cdef SmallFactor factor_p, factor_q
-    cdef double kl[MOST_BUNDLE]
+    cdef double kl[MOST_GROUPS * MOST_LANES]
     cdef bint wide = last - first >= LANES  # else one item in all lanes
     cdef npy_intp item = first, groups, width = LANES if wide else 1
     cdef int status = 0
     while item < last:
         item = min(item, last - width)  # the last group overlaps the one before
-        groups = min(<npy_intp> BUNDLE, (last - item) // width)
+        groups = min(<npy_intp> MOST_GROUPS, (last - item) // width)
         if real is float:
             small_f32(p, q, item, groups, wide, &factor_p, &factor_q, item == first, kl, n)
         else:
             small_f64(p, q, item, groups, wide, &factor_p, &factor_q, item == first, kl, n)
-        status |= put(batch, item, groups * width, kl, 1 if wide else LANES, p, q, n, type_tag)
+        status |= put(batch, item, groups * width, kl, p, q, n, type_tag)
         item += groups * width
     return status
 
@@ -263,7 +262,7 @@ cdef inline int lanes_rows(const Batch *batch, npy_intp first, npy_intp last, co
             lanes_group_f32(&a, p, q, item, wide, load_p, load_q, ahead, stride, n, kl)
         else:
             lanes_group_f64(&a, p, q, item, wide, load_p, load_q, ahead, stride, n, kl)
-        status |= put(batch, item, width, kl, 1, p, q, n, type_tag)
+        status |= put(batch, item, width, kl, p, q, n, type_tag)
         item += width
     free(memory)
     return status
