@@ -196,6 +196,19 @@ MVN_INLINE mvn_vec mvn_pick(mvn_bits mask, mvn_vec a, mvn_vec b) {
 
 ATANH_TAIL_F64(mvn_atanh_tail, mvn_vec)
 
+/* The bits of 1.5, the sign, the exponent of 2^52, sign and exponent. In memory, as `used` makes it:
+ * GCC would compose them anew with three instructions each. */
+#if MVN_LANES == 8
+#define MVN_EVERY(x) {x, x, x, x, x, x, x, x}
+#elif MVN_LANES == 4
+#define MVN_EVERY(x) {x, x, x, x}
+#else
+#define MVN_EVERY(x) {x, x}
+#endif
+static mvn_words mvn_consts[4] __attribute__((used)) = {
+    MVN_EVERY((uint64_t)0x7ff << 51), MVN_EVERY((uint64_t)1 << 63),
+    MVN_EVERY((uint64_t)0x433 << 52), MVN_EVERY((uint64_t)0xfff << 52)};
+
 /* sum_i (t_i - log1p(t_i)) over up to four, from t_i = x_i / y_i - 1 and u_i = x_i / y_i, with one
  * logarithm. With S = sum t_i, U = prod u_i = 1 + T and T = S + R, where R holds the products of two
  * and more, and the integer e that brings V = U 2^e near 1, it is
@@ -205,8 +218,6 @@ ATANH_TAIL_F64(mvn_atanh_tail, mvn_vec)
  * 5e-14 (5e-15 seen). */
 MVN_INLINE mvn_vec mvn_terms(
     const mvn_vec *t, const mvn_vec *u, const int count, mvn_bits *bad) {
-    const mvn_words one = (mvn_words){0} + ((uint64_t)0x3ff << 52);
-    const mvn_words half = (mvn_words){0} + ((uint64_t)1 << 51);
     mvn_vec sum = t[0], rest = {0}, total = t[0], product = u[0], squares = t[0] * t[0];
     MVN_UNROLL for (int i = 1; i < count; i++) {
         rest += total * t[i];
@@ -217,10 +228,10 @@ MVN_INLINE mvn_vec mvn_terms(
     }
     mvn_bits moderate = (mvn_bits)(squares < 0.25), small = (mvn_bits)(squares < 0.019);
     mvn_vec ratio = mvn_pick(moderate, 1.0 + total, product);
-    mvn_words shift = (one - (mvn_words)ratio) + half; /* its upper 12 bits: e, as in vecmath.h */
-    mvn_words field = (shift ^ ((mvn_words){0} + ((uint64_t)1 << 63))) >> 52;
-    mvn_vec e = (mvn_vec)(field | ((uint64_t)0x433 << 52)) - (0x1p52 + 2048.0);
-    mvn_vec matched = (mvn_vec)((mvn_words)ratio + (shift & ((uint64_t)0xfff << 52)));
+    mvn_words shift = mvn_consts[0] - (mvn_words)ratio; /* its upper 12 bits: e, as in vecmath.h */
+    mvn_words field = (shift ^ mvn_consts[1]) >> 52;
+    mvn_vec e = (mvn_vec)(field | mvn_consts[2]) - (0x1p52 + 2048.0);
+    mvn_vec matched = (mvn_vec)((mvn_words)ratio + (shift & mvn_consts[3]));
     mvn_vec s = mvn_pick(small, total, matched - 1.0) / (matched + 1.0);
     mvn_vec near = s * total - rest, far = (sum - 2.0 * s) + e * 0.6931471805599453;
     *bad |= (mvn_bits)(1e6 - e * e);
@@ -244,17 +255,20 @@ typedef struct {            /* one distribution of every item: addresses, and st
 
 typedef struct { mvn_vec l[MVN_SMALL_TRIANGLE], reciprocal[MVN_SMALL]; } mvn_small_factor;
 
-#define MVN_EACH(i, begin, end) MVN_UNROLL for (int i = begin; i < (end); i++)
-#define MVN_TRIANGLE(i, j) ((i) * ((i) + 1) / 2 + (j))
-
-/* Asks for a group's matrices, if they lie side by side; beyond the last item it asks in vain. */
-MVN_INLINE void mvn_small_prefetch(const mvn_side *s, ptrdiff_t item) {
-    const char *matrix = s->matrix + item * s->matrix_outer;
-    if (s->matrix_outer > MVN_SMALL * MVN_SMALL * (ptrdiff_t)sizeof(double)) return;
-    for (ptrdiff_t at = 0; at < MVN_LANES * s->matrix_outer; at += 64) {
-        __builtin_prefetch(matrix + at, 0, 3);
+/* Asks for part number `part` of `parts` of a group's matrices, if they lie side by side: in the order
+ * of memory, in which processors go on by themselves. Beyond the last item it asks in vain. */
+MVN_INLINE void mvn_prefetch_group(
+    const mvn_side *s, ptrdiff_t item, ptrdiff_t part, ptrdiff_t parts, ptrdiff_t most) {
+    const char *begin = s->matrix + item * s->matrix_outer;
+    const ptrdiff_t size = MVN_LANES * s->matrix_outer / parts;
+    if (s->matrix_outer > most * most * (ptrdiff_t)sizeof(double)) return;
+    for (ptrdiff_t at = part * size; at < (part + 1) * size; at += 64) {
+        __builtin_prefetch(begin + at, 0, 3);
     }
 }
+
+#define MVN_EACH(i, begin, end) MVN_UNROLL for (int i = begin; i < (end); i++)
+#define MVN_TRIANGLE(i, j) ((i) * ((i) + 1) / 2 + (j))
 
 /* Row i of a covariance becomes that of its factor, after the rows above. Pivots d wait for one
  * division each: sums run over products of rows of L D^(1/2), at hand, and of L D^(-1/2), `unit`. */
@@ -280,11 +294,12 @@ MVN_INLINE void mvn_small_eliminate(
     }
 }
 
-/* A group: LANES items from one on, or (`wide`: 0) one item in all lanes. `solved`: with it. */
+/* A group: LANES items from one on; of fewer items each is a group of its own, with strides of 0.
+ * `solved`: systems are, with the factor. */
 MVN_INLINE void mvn_small_load(
-    const mvn_side *s, ptrdiff_t item, ptrdiff_t wide, int solved, mvn_small_factor *factor,
+    const mvn_side *s, ptrdiff_t item, int solved, mvn_small_factor *factor,
     const int n, const int single) {
-    const ptrdiff_t outer = wide * s->matrix_outer, below = s->row, column = s->column;
+    const ptrdiff_t outer = s->matrix_outer, below = s->row, column = s->column;
     const char *at = s->matrix + item * s->matrix_outer;
     mvn_vec unit[MVN_SMALL_TRIANGLE], inverse[MVN_SMALL];
     if (s->covariance) {
@@ -304,20 +319,20 @@ MVN_INLINE void mvn_small_load(
 }
 
 MVN_INLINE void mvn_small_loc(
-    const mvn_side *s, ptrdiff_t item, ptrdiff_t wide, mvn_vec *loc, const int n,
+    const mvn_side *s, ptrdiff_t item, mvn_vec *loc, const int n,
     const int single) {
-    mvn_read(loc, s->loc + item * s->loc_outer, wide * s->loc_outer, s->loc_inner, n, single);
+    mvn_read(loc, s->loc + item * s->loc_outer, s->loc_outer, s->loc_inner, n, single);
 }
 
 /* The divergences of a group, NaN where other formulas may know more; `q` is NULL for N(0, I). */
 MVN_INLINE mvn_vec mvn_small_group(
-    const mvn_side *p, const mvn_side *q, ptrdiff_t item, ptrdiff_t wide, mvn_small_factor *a,
+    const mvn_side *p, const mvn_side *q, ptrdiff_t item, mvn_small_factor *a,
     mvn_small_factor *b, int load_p, int load_q, const int n, const int single) {
     mvn_vec z[MVN_SMALL], t[MVN_SMALL], u[MVN_SMALL], squares[2] = {{0}, {0}}, kl;
     mvn_bits bad = {0};
-    if (load_p) mvn_small_load(p, item, wide, 0, a, n, single);
-    if (load_q) mvn_small_load(q, item, wide, 1, b, n, single);
-    mvn_small_loc(p, item, wide, z, n, single);
+    if (load_p) mvn_small_load(p, item, 0, a, n, single);
+    if (load_q) mvn_small_load(q, item, 1, b, n, single);
+    mvn_small_loc(p, item, z, n, single);
     if (!q) {
         MVN_EACH(i, 0, n) {
             u[i] = a->l[MVN_TRIANGLE(i, i)];
@@ -328,7 +343,7 @@ MVN_INLINE mvn_vec mvn_small_group(
         }
     } else {
         mvn_vec column[MVN_SMALL];
-        mvn_small_loc(q, item, wide, column, n, single);
+        mvn_small_loc(q, item, column, n, single);
         MVN_EACH(i, 0, n) {
             const mvn_vec *row = b->l + MVN_TRIANGLE(i, 0);
             z[i] -= column[i];
@@ -351,41 +366,39 @@ MVN_INLINE mvn_vec mvn_small_group(
     }
     kl = 0.5 * (squares[0] + squares[1]) + mvn_terms(t, u, n < 4 ? n : 4, &bad);
     if (n > 4) kl += mvn_terms(t + 4, u + 4, n - 4, &bad);
-    return mvn_pick(bad < 0, mvn_ones() * NAN, kl);
+    return (mvn_vec)((mvn_bits)kl | (bad < 0)); /* all bits set: NaN */
 }
 
 /* `groups` groups from item `first` on; `fresh`: shared factors have not been loaded yet. */
 MVN_INLINE void mvn_small_groups(
-    const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups, ptrdiff_t wide,
+    const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups,
     mvn_small_factor *a, mvn_small_factor *b, int fresh, double *kl, const int n,
     const int single) {
     for (ptrdiff_t group = 0; group < groups; group++) {
-        ptrdiff_t item = first + group * (wide ? MVN_LANES : 1);
+        ptrdiff_t item = first + group * MVN_LANES;
         int begin = fresh && group == 0;
-        if (n > 3 && wide) {
-            mvn_small_prefetch(p, item + MVN_LANES);
-            if (q) mvn_small_prefetch(q, item + MVN_LANES);
+        if (n > 3) {
+            mvn_prefetch_group(p, item + MVN_LANES, 0, 1, n);
+            if (q) mvn_prefetch_group(q, item + MVN_LANES, 0, 1, n);
         }
-        mvn_vec found = mvn_small_group(p, q, item, wide, a, b, begin || !p->shared,
-                                        q && (begin || !q->shared), n, single);
-        if (wide) *(mvn_loose *)(kl + group * MVN_LANES) = found;
-        else kl[group] = found[0];
+        *(mvn_loose *)(kl + group * MVN_LANES) = mvn_small_group(
+            p, q, item, a, b, begin || !p->shared, q && (begin || !q->shared), n, single);
     }
 }
 
 #define MVN_SMALL_CASE(n, single) case n: \
-    mvn_small_groups(p, q, first, groups, wide, a, b, fresh, kl, n, single); break;
+    mvn_small_groups(p, q, first, groups, a, b, fresh, kl, n, single); break;
 #define MVN_SMALL_CASES(single) switch (n) { \
     MVN_SMALL_CASE(1, single) MVN_SMALL_CASE(2, single) MVN_SMALL_CASE(3, single) \
     MVN_SMALL_CASE(4, single) MVN_SMALL_CASE(5, single) MVN_SMALL_CASE(6, single) \
     MVN_SMALL_CASE(7, single) MVN_SMALL_CASE(8, single) }
 static void mvn_small_f32(
-    const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups, ptrdiff_t wide,
+    const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups,
     mvn_small_factor *a, mvn_small_factor *b, int fresh, double *kl, ptrdiff_t n) {
     MVN_SMALL_CASES(1)
 }
 static void mvn_small_f64(
-    const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups, ptrdiff_t wide,
+    const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups,
     mvn_small_factor *a, mvn_small_factor *b, int fresh, double *kl, ptrdiff_t n) {
     MVN_SMALL_CASES(0)
 }
@@ -396,41 +409,27 @@ static void mvn_small_f64(
  * column 0 and element (i, j) of L in column j + 1. The four columns after the diagonal are 0, and
  * two more rows follow that are computed but never used. */
 
-/* A side of a group: LANES items from one on, or (`wide`: 0) one item in all lanes. An odd number of
- * rows gets one more, of an identity matrix: it adds nothing. */
+/* A side of a group. An odd number of rows gets one more, of an identity matrix: it adds nothing. */
 #define MVN_LANES_LIMIT 32
 MVN_INLINE void mvn_lanes_loc(
-    mvn_vec *a, const mvn_side *s, ptrdiff_t item, ptrdiff_t wide, ptrdiff_t stride, ptrdiff_t n,
+    mvn_vec *a, const mvn_side *s, ptrdiff_t item, ptrdiff_t stride, ptrdiff_t n,
     int single) {
     mvn_vec line[MVN_LANES_LIMIT];
-    mvn_read(line, s->loc + item * s->loc_outer, wide * s->loc_outer, s->loc_inner, n, single);
+    mvn_read(line, s->loc + item * s->loc_outer, s->loc_outer, s->loc_inner, n, single);
     for (ptrdiff_t i = 0; i < n; i++) a[i * stride] = line[i];
 }
 
 MVN_INLINE void mvn_lanes_rows(
-    mvn_vec *a, const mvn_side *s, ptrdiff_t item, ptrdiff_t wide, ptrdiff_t stride, ptrdiff_t n,
+    mvn_vec *a, const mvn_side *s, ptrdiff_t item, ptrdiff_t stride, ptrdiff_t n,
     ptrdiff_t first, ptrdiff_t last, int single) {
     const char *matrix = s->matrix + item * s->matrix_outer;
-    const ptrdiff_t outer = wide * s->matrix_outer, row = s->row, column = s->column;
+    const ptrdiff_t outer = s->matrix_outer, row = s->row, column = s->column;
     for (ptrdiff_t i = first; i < last && i < n; i++) {
         mvn_read(a + i * stride + 1, matrix + i * row, outer, column, i + 1, single);
     }
     if (last > n) {
         for (ptrdiff_t j = 0; j <= n; j++) a[n * stride + j] = (mvn_vec){0};
         a[n * stride + n + 1] = mvn_ones();
-    }
-}
-
-/* Asks for rows of a group's matrices. */
-MVN_INLINE void mvn_lanes_prefetch(
-    const mvn_side *s, ptrdiff_t item, ptrdiff_t first, ptrdiff_t last, int single) {
-    const ptrdiff_t size = single ? sizeof(float) : sizeof(double);
-    if (s->column != size || s->shared) return;
-    for (ptrdiff_t i = first; i < last; i++) {
-        const char *row = s->matrix + item * s->matrix_outer + i * s->row;
-        for (int lane = 0; lane < MVN_LANES; lane++, row += s->matrix_outer) {
-            for (ptrdiff_t at = 0; at <= i * size; at += 64) __builtin_prefetch(row + at, 0, 3);
-        }
     }
 }
 
@@ -557,47 +556,45 @@ MVN_INLINE void mvn_lanes_sum(
     }
     for (ptrdiff_t i = 0; i + 4 <= n; i += 4) sum += mvn_terms(t + i, u + i, 4, &bad);
     if (n % 4) sum += mvn_terms(t + n - 2, u + n - 2, 2, &bad);
-    *(mvn_loose *)kl = mvn_pick(bad < 0, mvn_ones() * NAN, sum);
+    *(mvn_loose *)kl = (mvn_vec)((mvn_bits)sum | (bad < 0)); /* all bits set: NaN */
 }
 
 /* Scratch for items in lanes: [mu | L] of both sides, [z | Y] and 1 / L_q,ii. */
 typedef struct { mvn_vec *p, *q, *y, *reciprocal; } mvn_lanes;
 
-/* The divergences of a group; `q` is NULL for N(0, I). `ahead`: another group follows, whose rows are
- * asked for along the way. Rows of factors are read as they are needed. */
+/* The divergences of a group; `q` is NULL for N(0, I). Rows of factors are read as
+ * they are needed, and the next group's are asked for. */
 MVN_INLINE void mvn_lanes_group(
-    const mvn_lanes *a, const mvn_side *p, const mvn_side *q, ptrdiff_t item, ptrdiff_t wide,
-    int load_p, int load_q, int ahead, ptrdiff_t stride, ptrdiff_t n, double *kl, int single) {
+    const mvn_lanes *a, const mvn_side *p, const mvn_side *q, ptrdiff_t item,
+    int load_p, int load_q, ptrdiff_t stride, ptrdiff_t n, double *kl, int single) {
     mvn_vec total[4] = {{0}}, unused[MVN_LANES_LIMIT], squares;
     ptrdiff_t even = n + n % 2;
     if (load_p && p->covariance) {
-        mvn_lanes_rows(a->p, p, item, wide, stride, n, 0, even, single);
+        mvn_lanes_rows(a->p, p, item, stride, n, 0, even, single);
         mvn_lanes_cholesky(a->p, unused, stride, even);
     }
-    mvn_lanes_loc(a->p, p, item, wide, stride, n, single);
+    mvn_lanes_loc(a->p, p, item, stride, n, single);
     if (!q) {
         if (load_p && !p->covariance) {
-            mvn_lanes_rows(a->p, p, item, wide, stride, n, 0, even, single);
+            mvn_lanes_rows(a->p, p, item, stride, n, 0, even, single);
         }
         mvn_lanes_whiten_standard(a->p, a->y, &squares, stride, even);
         mvn_lanes_sum(a->p, a->reciprocal, a->y, &squares, stride, even, kl);
         return;
     }
     if (load_q && q->covariance) {
-        mvn_lanes_rows(a->q, q, item, wide, stride, n, 0, even, single);
+        mvn_lanes_rows(a->q, q, item, stride, n, 0, even, single);
         mvn_lanes_cholesky(a->q, a->reciprocal, stride, even);
     }
-    mvn_lanes_loc(a->q, q, item, wide, stride, n, single);
+    mvn_lanes_loc(a->q, q, item, stride, n, single);
     for (ptrdiff_t i = 0; i < even; i += 2) {
-        if (ahead) {
-            mvn_lanes_prefetch(p, item + MVN_LANES, i, i + 2, single);
-            mvn_lanes_prefetch(q, item + MVN_LANES, i, i + 2, single);
-        }
+        mvn_prefetch_group(p, item + MVN_LANES, i / 2, even / 2, n);
+        mvn_prefetch_group(q, item + MVN_LANES, i / 2, even / 2, n);
         if (load_p && !p->covariance) {
-            mvn_lanes_rows(a->p, p, item, wide, stride, n, i, i + 2, single);
+            mvn_lanes_rows(a->p, p, item, stride, n, i, i + 2, single);
         }
         if (load_q && !q->covariance) {
-            mvn_lanes_rows(a->q, q, item, wide, stride, n, i, i + 2, single);
+            mvn_lanes_rows(a->q, q, item, stride, n, i, i + 2, single);
             a->reciprocal[i] = 1.0 / a->q[i * stride + i + 1];
             a->reciprocal[i + 1] = 1.0 / a->q[(i + 1) * stride + i + 2];
         }
@@ -607,14 +604,14 @@ MVN_INLINE void mvn_lanes_group(
     mvn_lanes_sum(a->p, a->reciprocal, a->y, &squares, stride, even, kl);
 }
 static inline void mvn_lanes_group_f32(
-    const mvn_lanes *a, const mvn_side *p, const mvn_side *q, ptrdiff_t item, ptrdiff_t wide,
-    int load_p, int load_q, int ahead, ptrdiff_t stride, ptrdiff_t n, double *kl) {
-    mvn_lanes_group(a, p, q, item, wide, load_p, load_q, ahead, stride, n, kl, 1);
+    const mvn_lanes *a, const mvn_side *p, const mvn_side *q, ptrdiff_t item,
+    int load_p, int load_q, ptrdiff_t stride, ptrdiff_t n, double *kl) {
+    mvn_lanes_group(a, p, q, item, load_p, load_q, stride, n, kl, 1);
 }
 static inline void mvn_lanes_group_f64(
-    const mvn_lanes *a, const mvn_side *p, const mvn_side *q, ptrdiff_t item, ptrdiff_t wide,
-    int load_p, int load_q, int ahead, ptrdiff_t stride, ptrdiff_t n, double *kl) {
-    mvn_lanes_group(a, p, q, item, wide, load_p, load_q, ahead, stride, n, kl, 0);
+    const mvn_lanes *a, const mvn_side *p, const mvn_side *q, ptrdiff_t item,
+    int load_p, int load_q, ptrdiff_t stride, ptrdiff_t n, double *kl) {
+    mvn_lanes_group(a, p, q, item, load_p, load_q, stride, n, kl, 0);
 }
 
 /* The diagonal of L, [i][lane]. */

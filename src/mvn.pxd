@@ -51,10 +51,10 @@ cdef extern from "mvn.h" nogil:
     ctypedef struct SmallFactor "mvn_small_factor":
         pass
     void small_f32 "mvn_small_f32"(
-        const Side *p, const Side *q, npy_intp first, npy_intp groups, npy_intp wide,
+        const Side *p, const Side *q, npy_intp first, npy_intp groups,
         SmallFactor *a, SmallFactor *b, bint fresh, double *kl, npy_intp n)
     void small_f64 "mvn_small_f64"(
-        const Side *p, const Side *q, npy_intp first, npy_intp groups, npy_intp wide,
+        const Side *p, const Side *q, npy_intp first, npy_intp groups,
         SmallFactor *a, SmallFactor *b, bint fresh, double *kl, npy_intp n)
     bint all_finite "mvn_all_finite"(const double *x, npy_intp count)
     ctypedef struct Lanes "mvn_lanes":
@@ -63,11 +63,11 @@ cdef extern from "mvn.h" nogil:
         vec *y
         vec *reciprocal
     void lanes_group_f32 "mvn_lanes_group_f32"(
-        const Lanes *a, const Side *p, const Side *q, npy_intp item, npy_intp wide, bint load_p,
-        bint load_q, bint ahead, npy_intp stride, npy_intp n, double *kl)
+        const Lanes *a, const Side *p, const Side *q, npy_intp item, bint load_p,
+        bint load_q, npy_intp stride, npy_intp n, double *kl)
     void lanes_group_f64 "mvn_lanes_group_f64"(
-        const Lanes *a, const Side *p, const Side *q, npy_intp item, npy_intp wide, bint load_p,
-        bint load_q, bint ahead, npy_intp stride, npy_intp n, double *kl)
+        const Lanes *a, const Side *p, const Side *q, npy_intp item, bint load_p,
+        bint load_q, npy_intp stride, npy_intp n, double *kl)
     vec ones "mvn_ones"()
     void lanes_cholesky "mvn_lanes_cholesky"(vec *a, vec *reciprocal, npy_intp stride, npy_intp n)
     void lanes_reciprocals "mvn_lanes_reciprocals"(
@@ -122,7 +122,7 @@ cdef extern from "mvn.h" nogil:
 # alone choose the kernel.
 cdef enum:
     MOST_LANES = 8
-    MOST_GROUPS = 8  # of small matrices between two looks at what they gave
+    MOST_GROUPS = 16  # of small matrices between two looks at what they gave
     MOST_ROWS = 32
     LANES_FROM_FACTORS = 24
     LANES_FROM_COVARIANCES = 24
@@ -216,32 +216,65 @@ cdef inline int put(const Batch *batch, npy_intp first, npy_intp count, const do
     return status
 
 
+cdef inline Side alone(const Side *s, npy_intp item) noexcept nogil:
+    """One item, in every lane."""
+    cdef Side one = s[0]
+    one.loc += item * s.loc_outer
+    one.matrix += item * s.matrix_outer
+    one.loc_outer = one.matrix_outer = 0
+    return one
+
+
+cdef inline void small_groups(const Side *p, const Side *q, npy_intp first, npy_intp groups,
+                              SmallFactor *a, SmallFactor *b, bint fresh, double *kl, npy_intp n,
+                              real type_tag) noexcept nogil:
+    if real is float:
+        small_f32(p, q, first, groups, a, b, fresh, kl, n)
+    else:
+        small_f64(p, q, first, groups, a, b, fresh, kl, n)
+
+
 cdef inline int small_rows(const Batch *batch, npy_intp first, npy_intp last, const Side *p,
                            const Side *q, npy_intp n, real type_tag) noexcept nogil:
-    cdef SmallFactor factor_p, factor_q
+    cdef SmallFactor a, b
+    cdef Side one_p, one_q
     cdef double kl[MOST_GROUPS * MOST_LANES]
-    cdef bint wide = last - first >= LANES  # else one item in all lanes
-    cdef npy_intp item = first, groups, width = LANES if wide else 1
+    cdef npy_intp item = first, groups
     cdef int status = 0
+    if last - first < LANES:
+        for item in range(first, last):
+            one_p = alone(p, item)
+            if q != NULL:
+                one_q = alone(q, item)
+            small_groups(&one_p, NULL if q == NULL else &one_q, 0, 1, &a, &b, True, kl, n, type_tag)
+            status |= put(batch, item, 1, kl, p, q, n, type_tag)
+        return status
     while item < last:
-        item = min(item, last - width)  # the last group overlaps the one before
-        groups = min(<npy_intp> MOST_GROUPS, (last - item) // width)
-        if real is float:
-            small_f32(p, q, item, groups, wide, &factor_p, &factor_q, item == first, kl, n)
-        else:
-            small_f64(p, q, item, groups, wide, &factor_p, &factor_q, item == first, kl, n)
-        status |= put(batch, item, groups * width, kl, p, q, n, type_tag)
-        item += groups * width
+        item = min(item, last - LANES)  # the last group overlaps the one before
+        groups = min(<npy_intp> MOST_GROUPS, (last - item) // LANES)
+        small_groups(p, q, item, groups, &a, &b, item == first, kl, n, type_tag)
+        status |= put(batch, item, groups * LANES, kl, p, q, n, type_tag)
+        item += groups * LANES
     return status
 
 
 # ---- lanes: matrices of up to LANES_LIMIT rows, LANES items side by side ----------------------
 
+cdef inline void lanes_group(const Lanes *a, const Side *p, const Side *q, npy_intp item, bint fresh,
+                             npy_intp stride, npy_intp n, double *kl,
+                             real type_tag) noexcept nogil:
+    cdef bint load_p = fresh or not p.shared, load_q = q != NULL and (fresh or not q.shared)
+    if real is float:
+        lanes_group_f32(a, p, q, item, load_p, load_q, stride, n, kl)
+    else:
+        lanes_group_f64(a, p, q, item, load_p, load_q, stride, n, kl)
+
+
 cdef inline int lanes_rows(const Batch *batch, npy_intp first, npy_intp last, const Side *p,
                            const Side *q, npy_intp n, real type_tag) noexcept nogil:
-    cdef npy_intp even = n + n % 2, stride = (n + 4) // 4 * 4, square = (even + 2) * stride, i
-    cdef bint wide = last - first >= LANES, load_p, load_q, ahead
-    cdef npy_intp item = first, width = LANES if wide else 1
+    cdef npy_intp even = n + n % 2, stride = (n + 4) // 4 * 4, square = (even + 2) * stride
+    cdef npy_intp item = first, i
+    cdef Side one_p, one_q
     cdef double kl[MOST_LANES]
     cdef Lanes a
     cdef int status = 0
@@ -253,17 +286,19 @@ cdef inline int lanes_rows(const Batch *batch, npy_intp first, npy_intp last, co
     memset(a.p, 0, 2 * square * sizeof(vec))
     for i in range(even):
         a.reciprocal[i] = ones()
+    if last - first < LANES:
+        for item in range(first, last):
+            one_p = alone(p, item)
+            if q != NULL:
+                one_q = alone(q, item)
+            lanes_group(&a, &one_p, NULL if q == NULL else &one_q, 0, True, stride, n, kl, type_tag)
+            status |= put(batch, item, 1, kl, p, q, n, type_tag)
+        item = last
     while item < last:
-        item = min(item, last - width)  # the last group overlaps the one before
-        load_p = item == first or not p.shared
-        load_q = q != NULL and (item == first or not q.shared)
-        ahead = last - item >= 2 * LANES
-        if real is float:
-            lanes_group_f32(&a, p, q, item, wide, load_p, load_q, ahead, stride, n, kl)
-        else:
-            lanes_group_f64(&a, p, q, item, wide, load_p, load_q, ahead, stride, n, kl)
-        status |= put(batch, item, width, kl, p, q, n, type_tag)
-        item += width
+        item = min(item, last - LANES)  # the last group overlaps the one before
+        lanes_group(&a, p, q, item, item == first, stride, n, kl, type_tag)
+        status |= put(batch, item, <npy_intp> LANES, kl, p, q, n, type_tag)
+        item += LANES
     free(memory)
     return status
 
