@@ -1,6 +1,7 @@
 /* Cholesky factors and triangular solves for mvn.pxd: the two things that take the time.
  *
- * Small: up to SMALL rows, LANES items side by side, a kernel for each number of rows.
+ * Small: up to SMALL rows, LANES items side by side, a kernel for each number of rows. What lanes
+ *   give as NaN is computed alone, in panels.
  * Lanes: the same for more rows, one vector for each matrix element.
  * Panels: for large matrices, one item at a time, rows in panels of ROWS, each panel by columns.
  *
@@ -49,9 +50,15 @@ typedef int64_t mvn_loose_bits __attribute__((vector_size(8 * MVN_LANES), may_al
 MVN_INLINE mvn_vec mvn_ones(void) { return (mvn_vec){0} + 1.0; }
 
 MVN_INLINE mvn_vec mvn_sqrt(mvn_vec x) {
+#if MVN_LANES == 8
+    return (mvn_vec)_mm512_sqrt_pd((__m512d)x);
+#elif MVN_LANES == 4
+    return (mvn_vec)_mm256_sqrt_pd((__m256d)x);
+#else
     mvn_vec root;
     for (int lane = 0; lane < MVN_LANES; lane++) root[lane] = sqrt(x[lane]);
     return root;
+#endif
 }
 
 /* One element of LANES arrays, which begin at `at`, side by side. */
@@ -196,8 +203,8 @@ MVN_INLINE mvn_vec mvn_pick(mvn_bits mask, mvn_vec a, mvn_vec b) {
 
 ATANH_TAIL_F64(mvn_atanh_tail, mvn_vec)
 
-/* The bits of 1.5, the sign, the exponent of 2^52, sign and exponent. In memory, as `used` makes it:
- * GCC would compose them anew with three instructions each. */
+/* The bits of 1.5, the sign, the exponent of 2^52, sign and exponent. In memory, where `used` keeps
+ * them: GCC would compose each anew with three instructions. */
 #if MVN_LANES == 8
 #define MVN_EVERY(x) {x, x, x, x, x, x, x, x}
 #elif MVN_LANES == 4
@@ -210,12 +217,12 @@ static mvn_words mvn_consts[4] __attribute__((used)) = {
     MVN_EVERY((uint64_t)0x433 << 52), MVN_EVERY((uint64_t)0xfff << 52)};
 
 /* sum_i (t_i - log1p(t_i)) over up to four, from t_i = x_i / y_i - 1 and u_i = x_i / y_i, with one
- * logarithm. With S = sum t_i, U = prod u_i = 1 + T and T = S + R, where R holds the products of two
+ * logarithm. With S = sum t_i, U = prod u_i = 1 + T, T = S + R, where R holds the products of two
  * and more, and the integer e that brings V = U 2^e near 1, it is
  *     S - log U = (S - 2 atanh(s)) + e ln 2,    s = (V - 1) / (V + 1).
- * Where it is small, e = 0 and S - 2s = s T - R, which loses a factor of 7 at most. U is 1 + T as long
- * as that is exact to an ulp of 1. The sign bit of `bad` is set unless 2^-1000 < U < 2^1000.
- * 5e-14 (5e-15 seen). */
+ * Where it is small, e = 0 and S - 2s = s T - R, which loses a factor of 7 at most. U is taken as
+ * 1 + T where that is right to an ulp of 1. The sign bit of `bad` is set unless
+ * 2^-1000 < U < 2^1000. 5e-14 (5e-15 seen). */
 MVN_INLINE mvn_vec mvn_terms(
     const mvn_vec *t, const mvn_vec *u, const int count, mvn_bits *bad) {
     mvn_vec sum = t[0], rest = {0}, total = t[0], product = u[0], squares = t[0] * t[0];
@@ -255,8 +262,8 @@ typedef struct {            /* one distribution of every item: addresses, and st
 
 typedef struct { mvn_vec l[MVN_SMALL_TRIANGLE], reciprocal[MVN_SMALL]; } mvn_small_factor;
 
-/* Asks for part number `part` of `parts` of a group's matrices, if they lie side by side: in the order
- * of memory, in which processors go on by themselves. Beyond the last item it asks in vain. */
+/* Asks for part number `part` of `parts` of a group's matrices, if they lie side by side: in the
+ * order of memory, in which processors go on by themselves. Beyond the last item it asks in vain. */
 MVN_INLINE void mvn_prefetch_group(
     const mvn_side *s, ptrdiff_t item, ptrdiff_t part, ptrdiff_t parts, ptrdiff_t most) {
     const char *begin = s->matrix + item * s->matrix_outer;
@@ -270,8 +277,9 @@ MVN_INLINE void mvn_prefetch_group(
 #define MVN_EACH(i, begin, end) MVN_UNROLL for (int i = begin; i < (end); i++)
 #define MVN_TRIANGLE(i, j) ((i) * ((i) + 1) / 2 + (j))
 
-/* Row i of a covariance becomes that of its factor, after the rows above. Pivots d wait for one
- * division each: sums run over products of rows of L D^(1/2), at hand, and of L D^(-1/2), `unit`. */
+/* Row i of a covariance S becomes that of its factor, after the rows above. S = M D M^T, M with a
+ * diagonal of ones: sums run over products of the row of M D at hand and of rows of M, `unit`, so
+ * that pivots wait for one division each and for no square root. L = M D^(1/2). */
 MVN_INLINE void mvn_small_eliminate(
     mvn_vec *row, mvn_vec *unit, mvn_vec *inverse, mvn_vec *reciprocal, int solved, const int i,
     const int n) {
@@ -294,11 +302,11 @@ MVN_INLINE void mvn_small_eliminate(
     }
 }
 
-/* A group: LANES items from one on; of fewer items each is a group of its own, with strides of 0.
+/* A side of a group, LANES items from one on; in a batch of fewer, one item with strides of 0.
  * `solved`: systems are, with the factor. */
 MVN_INLINE void mvn_small_load(
-    const mvn_side *s, ptrdiff_t item, int solved, mvn_small_factor *factor,
-    const int n, const int single) {
+    const mvn_side *s, ptrdiff_t item, int solved, mvn_small_factor *factor, const int n,
+    const int single) {
     const ptrdiff_t outer = s->matrix_outer, below = s->row, column = s->column;
     const char *at = s->matrix + item * s->matrix_outer;
     mvn_vec unit[MVN_SMALL_TRIANGLE], inverse[MVN_SMALL];
@@ -319,8 +327,7 @@ MVN_INLINE void mvn_small_load(
 }
 
 MVN_INLINE void mvn_small_loc(
-    const mvn_side *s, ptrdiff_t item, mvn_vec *loc, const int n,
-    const int single) {
+    const mvn_side *s, ptrdiff_t item, mvn_vec *loc, const int n, const int single) {
     mvn_read(loc, s->loc + item * s->loc_outer, s->loc_outer, s->loc_inner, n, single);
 }
 
@@ -370,10 +377,9 @@ MVN_INLINE mvn_vec mvn_small_group(
 }
 
 /* `groups` groups from item `first` on; `fresh`: shared factors have not been loaded yet. */
-MVN_INLINE void mvn_small_groups(
-    const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups,
-    mvn_small_factor *a, mvn_small_factor *b, int fresh, double *kl, const int n,
-    const int single) {
+MVN_INLINE void mvn_small_loop(
+    const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups, mvn_small_factor *a,
+    mvn_small_factor *b, int fresh, double *kl, const int n, const int single) {
     for (ptrdiff_t group = 0; group < groups; group++) {
         ptrdiff_t item = first + group * MVN_LANES;
         int begin = fresh && group == 0;
@@ -384,6 +390,33 @@ MVN_INLINE void mvn_small_groups(
         *(mvn_loose *)(kl + group * MVN_LANES) = mvn_small_group(
             p, q, item, a, b, begin || !p->shared, q && (begin || !q->shared), n, single);
     }
+}
+
+/* A side whose items lie without gaps: addresses that the compiler knows. */
+MVN_INLINE mvn_side mvn_dense(const mvn_side *s, const int n, const int single) {
+    const ptrdiff_t size = single ? sizeof(float) : sizeof(double);
+    return (mvn_side){s->loc, n * size, size, s->matrix, n * n * size, n * size, size,
+                      s->covariance, 0};
+}
+MVN_INLINE int mvn_is_dense(const mvn_side *s, const mvn_side *dense) {
+    return s->loc_outer == dense->loc_outer && s->loc_inner == dense->loc_inner
+           && s->matrix_outer == dense->matrix_outer && s->row == dense->row
+           && s->column == dense->column;
+}
+
+/* Up to four rows, addresses take as long as the arithmetic. */
+MVN_INLINE void mvn_small_groups(
+    const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups, mvn_small_factor *a,
+    mvn_small_factor *b, int fresh, double *kl, const int n, const int single) {
+    if (n <= 4 && q) {
+        const mvn_side dense_p = mvn_dense(p, n, single), dense_q = mvn_dense(q, n, single);
+        if (mvn_is_dense(p, &dense_p) && mvn_is_dense(q, &dense_q)) {
+            mvn_small_factor c, d;
+            mvn_small_loop(&dense_p, &dense_q, first, groups, &c, &d, 0, kl, n, single);
+            return;
+        }
+    }
+    mvn_small_loop(p, q, first, groups, a, b, fresh, kl, n, single);
 }
 
 #define MVN_SMALL_CASE(n, single) case n: \
@@ -405,12 +438,13 @@ static void mvn_small_f64(
 
 /* ---- lanes ---------------------------------------------------------------------------------- */
 
+#define MVN_LANES_LIMIT 24 /* rows up to which items in lanes are faster than one by one */
+
 /* LANES items side by side: [mu | L] of all of them, n rows (n even) of `stride` vectors, mu in
  * column 0 and element (i, j) of L in column j + 1. The four columns after the diagonal are 0, and
  * two more rows follow that are computed but never used. */
 
-/* A side of a group. An odd number of rows gets one more, of an identity matrix: it adds nothing. */
-#define MVN_LANES_LIMIT 32
+/* A side of a group. An odd number of rows gets one more, of an identity: it adds nothing. */
 MVN_INLINE void mvn_lanes_loc(
     mvn_vec *a, const mvn_side *s, ptrdiff_t item, ptrdiff_t stride, ptrdiff_t n,
     int single) {
@@ -562,38 +596,27 @@ MVN_INLINE void mvn_lanes_sum(
 /* Scratch for items in lanes: [mu | L] of both sides, [z | Y] and 1 / L_q,ii. */
 typedef struct { mvn_vec *p, *q, *y, *reciprocal; } mvn_lanes;
 
-/* The divergences of a group; `q` is NULL for N(0, I). Rows of factors are read as
- * they are needed, and the next group's are asked for. */
+/* The divergences of a group; `q` is NULL for N(0, I). Rows of factors are read as they are needed,
+ * and the next group's are asked for. */
 MVN_INLINE void mvn_lanes_group(
-    const mvn_lanes *a, const mvn_side *p, const mvn_side *q, ptrdiff_t item,
-    int load_p, int load_q, ptrdiff_t stride, ptrdiff_t n, double *kl, int single) {
+    const mvn_lanes *a, const mvn_side *p, const mvn_side *q, ptrdiff_t item, int load_p,
+    int load_q, ptrdiff_t stride, ptrdiff_t n, double *kl, int single) {
     mvn_vec total[4] = {{0}}, unused[MVN_LANES_LIMIT], squares;
     ptrdiff_t even = n + n % 2;
-    if (load_p && p->covariance) {
-        mvn_lanes_rows(a->p, p, item, stride, n, 0, even, single);
-        mvn_lanes_cholesky(a->p, unused, stride, even);
-    }
+    int rows_p = load_p && q && !p->covariance, rows_q = load_q && !q->covariance;
+    if (load_p && !rows_p) mvn_lanes_rows(a->p, p, item, stride, n, 0, even, single);
+    if (load_p && p->covariance) mvn_lanes_cholesky(a->p, unused, stride, even);
     mvn_lanes_loc(a->p, p, item, stride, n, single);
-    if (!q) {
-        if (load_p && !p->covariance) {
-            mvn_lanes_rows(a->p, p, item, stride, n, 0, even, single);
-        }
-        mvn_lanes_whiten_standard(a->p, a->y, &squares, stride, even);
-        mvn_lanes_sum(a->p, a->reciprocal, a->y, &squares, stride, even, kl);
-        return;
-    }
     if (load_q && q->covariance) {
         mvn_lanes_rows(a->q, q, item, stride, n, 0, even, single);
         mvn_lanes_cholesky(a->q, a->reciprocal, stride, even);
     }
-    mvn_lanes_loc(a->q, q, item, stride, n, single);
-    for (ptrdiff_t i = 0; i < even; i += 2) {
+    if (q) mvn_lanes_loc(a->q, q, item, stride, n, single);
+    for (ptrdiff_t i = 0; q && i < even; i += 2) {
         mvn_prefetch_group(p, item + MVN_LANES, i / 2, even / 2, n);
         mvn_prefetch_group(q, item + MVN_LANES, i / 2, even / 2, n);
-        if (load_p && !p->covariance) {
-            mvn_lanes_rows(a->p, p, item, stride, n, i, i + 2, single);
-        }
-        if (load_q && !q->covariance) {
+        if (rows_p) mvn_lanes_rows(a->p, p, item, stride, n, i, i + 2, single);
+        if (rows_q) {
             mvn_lanes_rows(a->q, q, item, stride, n, i, i + 2, single);
             a->reciprocal[i] = 1.0 / a->q[i * stride + i + 1];
             a->reciprocal[i + 1] = 1.0 / a->q[(i + 1) * stride + i + 2];
@@ -601,6 +624,7 @@ MVN_INLINE void mvn_lanes_group(
         mvn_lanes_whiten_rows(a->p, a->q, a->reciprocal, a->y, total, stride, i);
     }
     squares = (total[0] + total[1]) + (total[2] + total[3]);
+    if (!q) mvn_lanes_whiten_standard(a->p, a->y, &squares, stride, even);
     mvn_lanes_sum(a->p, a->reciprocal, a->y, &squares, stride, even, kl);
 }
 static inline void mvn_lanes_group_f32(

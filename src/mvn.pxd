@@ -18,8 +18,10 @@ of 2^-24, the item is computed in double.
 
 Diagonal elements of L_q below 2^-1024 are good for equality, 0, but not for accuracy.
 
-Up to SMALL rows there is a kernel for each number of rows; then matrices lie side by side, one in
-a SIMD lane each; large ones are taken one at a time, in panels of rows (mvn.h).
+Matrices of up to LANES_LIMIT rows lie side by side, one in a SIMD lane each, with a kernel for each
+number of rows up to SMALL; larger ones are taken one at a time, in panels of rows (mvn.h). Lanes
+have the formulas for numbers of ordinary size, one logarithm for four y_i; what they cannot give is
+computed in panels, too, which sort out bad input and extreme scales.
 """
 
 from cython.parallel cimport prange
@@ -41,6 +43,7 @@ cdef extern from "mvn.h" nogil:
         COLUMNS "MVN_COLUMNS"
         DEPTH "MVN_DEPTH"
         SMALL "MVN_SMALL"
+        LANES_LIMIT "MVN_LANES_LIMIT"
     ctypedef struct Side "mvn_side":  # one distribution of every item: addresses, strides in bytes
         char *loc
         npy_intp loc_outer, loc_inner
@@ -117,15 +120,11 @@ cdef extern from "mvn.h" nogil:
     double divergence "mvn_divergence"(
         const double *x, const double *y, double *t, double squares, npy_intp n)
 
-# Up to so many rows, items in lanes are faster than one by one; a Cholesky factorisation waits for
-# one division after the other. An item's bits do not depend on its neighbours: its size and kind
-# alone choose the kernel.
+# An item's bits do not depend on its neighbours: its size and numbers alone choose the formulas.
 cdef enum:
     MOST_LANES = 8
     MOST_GROUPS = 16  # of small matrices between two looks at what they gave
     MOST_ROWS = 32
-    LANES_FROM_FACTORS = 24
-    LANES_FROM_COVARIANCES = 24
     BLOCK = 8        # least panels of a covariance that threads share before they are factorised
     MOST_TOGETHER = 8    # panels that are solved together
     SINGLE = 32      # rows from which on float32 pays, where it is exact enough
@@ -260,8 +259,8 @@ cdef inline int small_rows(const Batch *batch, npy_intp first, npy_intp last, co
 
 # ---- lanes: matrices of up to LANES_LIMIT rows, LANES items side by side ----------------------
 
-cdef inline void lanes_group(const Lanes *a, const Side *p, const Side *q, npy_intp item, bint fresh,
-                             npy_intp stride, npy_intp n, double *kl,
+cdef inline void lanes_group(const Lanes *a, const Side *p, const Side *q, npy_intp item,
+                             bint fresh, npy_intp stride, npy_intp n, double *kl,
                              real type_tag) noexcept nogil:
     cdef bint load_p = fresh or not p.shared, load_q = q != NULL and (fresh or not q.shared)
     if real is float:
@@ -710,7 +709,7 @@ cdef inline int mvn_rows(const Batch *batch, npy_intp first, npy_intp last, bint
         other = &q
     if 0 < n <= SMALL:
         return small_rows(batch, first, last, &p, other, n, type_tag)
-    if n <= (LANES_FROM_COVARIANCES if cov_p or cov_q else LANES_FROM_FACTORS):
+    if n <= LANES_LIMIT:
         return lanes_rows(batch, first, last, &p, other, n, type_tag)
     return panels_rows(batch, first, last, &p, other, n, watch, type_tag)
 
@@ -724,7 +723,7 @@ cdef inline Plan plan_mvn(const Batch *batch, const Kernel *kernel) noexcept nog
     cdef bint shared = not kernel.options[2] and batch.outer[3] == 0
     plan.row_ns = 5 + n * (3 + n * (0.9 + (0.03 if covariances else 0.008) * n))
     plan.setup_ns = 0.4 * plan.row_ns if shared else 0.0
-    plan.group = LANES if n <= LANES_FROM_COVARIANCES else 1
+    plan.group = LANES if n <= LANES_LIMIT else 1
     plan.splits_rows = True
     return plan
 
