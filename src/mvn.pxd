@@ -7,7 +7,7 @@ With S_p = L_p L_p^T, S_q = L_q L_q^T and Y = L_q^-1 (L_p - L_q), lower triangul
 a sum of terms >= 0: nothing cancels when P is close to Q, where L_p - L_q is exact while
 L_q^-1 L_p = I + Y would not be. No inverse and no determinant is formed.
 
-Largest relative error from factors up to D = 17: 1e-13 (2e-15 seen), for float32 4e-6 (8e-7 seen);
+Largest relative error from factors up to D = 17: 1e-13 (9e-15 seen), for float32 4e-6 (8e-7 seen);
 from covariances the Cholesky factorisation's own, about D eps cond(S), with the eps of double.
 
 float32 is computed in double from covariances, whose factorisation would lose digits, and below
