@@ -1,6 +1,7 @@
 /* Cholesky factors and triangular solves for mvn.pxd: the two things that take the time.
  *
- * Small: up to SMALL rows, LANES items side by side, a kernel for each number of rows.
+ * Small: up to SMALL rows, LANES items side by side, a kernel for each number of rows. What lanes
+ *   give as NaN is computed alone, in panels.
  * Lanes: the same for more rows, one vector for each matrix element.
  * Panels: for large matrices, one item at a time, rows in panels of ROWS, each panel by columns.
  *
@@ -15,6 +16,9 @@
 #include <math.h>
 #include <stddef.h>
 #include "vecmath.h"
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define MVN_LANES 8
@@ -40,14 +44,21 @@
 typedef double mvn_vec __attribute__((vector_size(8 * MVN_LANES), may_alias));
 typedef double mvn_loose __attribute__((vector_size(8 * MVN_LANES), may_alias, aligned(8)));
 typedef int64_t mvn_bits __attribute__((vector_size(8 * MVN_LANES), may_alias));
+typedef uint64_t mvn_words __attribute__((vector_size(8 * MVN_LANES), may_alias));
 typedef int64_t mvn_loose_bits __attribute__((vector_size(8 * MVN_LANES), may_alias, aligned(8)));
 
 MVN_INLINE mvn_vec mvn_ones(void) { return (mvn_vec){0} + 1.0; }
 
 MVN_INLINE mvn_vec mvn_sqrt(mvn_vec x) {
+#if MVN_LANES == 8
+    return (mvn_vec)_mm512_sqrt_pd((__m512d)x);
+#elif MVN_LANES == 4
+    return (mvn_vec)_mm256_sqrt_pd((__m256d)x);
+#else
     mvn_vec root;
     for (int lane = 0; lane < MVN_LANES; lane++) root[lane] = sqrt(x[lane]);
     return root;
+#endif
 }
 
 /* One element of LANES arrays, which begin at `at`, side by side. */
@@ -64,6 +75,74 @@ MVN_INLINE mvn_vec mvn_sqrt(mvn_vec x) {
 #define MVN_AT(real, lane) *(const real *)(at[lane] + offset)
 MVN_INLINE mvn_vec mvn_gather_f32(char *const *at, ptrdiff_t offset) { return MVN_GATHER(float); }
 MVN_INLINE mvn_vec mvn_gather_f64(char *const *at, ptrdiff_t offset) { return MVN_GATHER(double); }
+
+/* LANES numbers that lie `outer` bytes apart. */
+#if MVN_LANES == 8
+#define MVN_SPREAD(real) (mvn_vec){ \
+    MVN_STEP(real, 0), MVN_STEP(real, 1), MVN_STEP(real, 2), MVN_STEP(real, 3), \
+    MVN_STEP(real, 4), MVN_STEP(real, 5), MVN_STEP(real, 6), MVN_STEP(real, 7)}
+#elif MVN_LANES == 4
+#define MVN_SPREAD(real) (mvn_vec){ \
+    MVN_STEP(real, 0), MVN_STEP(real, 1), MVN_STEP(real, 2), MVN_STEP(real, 3)}
+#else
+#define MVN_SPREAD(real) (mvn_vec){MVN_STEP(real, 0), MVN_STEP(real, 1)}
+#endif
+#define MVN_STEP(real, lane) *(const real *)(at + (lane) * outer)
+MVN_INLINE mvn_vec mvn_spread(const char *at, ptrdiff_t outer, int single) {
+    return single ? MVN_SPREAD(float) : MVN_SPREAD(double);
+}
+
+/* The same of two elements that lie side by side; with AVX in three or four instructions a vector,
+ * where a spread takes five. */
+#if defined(__AVX__)
+MVN_INLINE void mvn_four_pairs(const char *at, ptrdiff_t outer, __m256d *x, int single) {
+    const double *a = (const double *)at, *b = (const double *)(at + outer);
+    const double *c = (const double *)(at + 2 * outer), *d = (const double *)(at + 3 * outer);
+    if (single) {
+        __m128 low = _mm_castpd_ps(_mm_loadh_pd(_mm_load_sd(a), b));
+        __m128 high = _mm_castpd_ps(_mm_loadh_pd(_mm_load_sd(c), d));
+        x[0] = _mm256_cvtps_pd(_mm_shuffle_ps(low, high, 0x88));
+        x[1] = _mm256_cvtps_pd(_mm_shuffle_ps(low, high, 0xdd));
+    } else {
+        __m256d even = _mm256_castpd128_pd256(_mm_loadu_pd(a));
+        __m256d odd = _mm256_castpd128_pd256(_mm_loadu_pd(b));
+        even = _mm256_insertf128_pd(even, _mm_loadu_pd(c), 1);
+        odd = _mm256_insertf128_pd(odd, _mm_loadu_pd(d), 1);
+        x[0] = _mm256_unpacklo_pd(even, odd);
+        x[1] = _mm256_unpackhi_pd(even, odd);
+    }
+}
+#endif
+MVN_INLINE void mvn_pair(const char *at, ptrdiff_t outer, mvn_vec *x, int single) {
+#if MVN_LANES == 8
+    __m256d low[2], high[2];
+    mvn_four_pairs(at, outer, low, single);
+    mvn_four_pairs(at + 4 * outer, outer, high, single);
+    x[0] = (mvn_vec)_mm512_insertf64x4(_mm512_castpd256_pd512(low[0]), high[0], 1);
+    x[1] = (mvn_vec)_mm512_insertf64x4(_mm512_castpd256_pd512(low[1]), high[1], 1);
+#elif MVN_LANES == 4
+    mvn_four_pairs(at, outer, (__m256d *)x, single);
+#else
+    x[0] = mvn_spread(at, outer, single);
+    x[1] = mvn_spread(at + (single ? sizeof(float) : sizeof(double)), outer, single);
+#endif
+}
+
+/* `count` elements `step` bytes apart of LANES arrays, `outer` bytes apart. */
+MVN_INLINE void mvn_read(
+    mvn_vec *into, const char *at, ptrdiff_t outer, ptrdiff_t step, ptrdiff_t count, int single) {
+    const ptrdiff_t size = single ? sizeof(float) : sizeof(double);
+    if (step == size) {
+        MVN_UNROLL for (ptrdiff_t j = 0; j < count / 2 * 2; j += 2) {
+            mvn_pair(at + j * size, outer, into + j, single);
+        }
+        if (count % 2) into[count - 1] = mvn_spread(at + (count - 1) * size, outer, single);
+    } else {
+        MVN_UNROLL for (ptrdiff_t j = 0; j < count; j++) {
+            into[j] = mvn_spread(at + j * step, outer, single);
+        }
+    }
+}
 
 /* 1 / y, kept finite: equal factors must give 0 even where 1 / y overflows (y < 2^-1024). */
 static inline double mvn_reciprocal(double y) {
@@ -107,14 +186,71 @@ static inline void mvn_minus_log1p_each(
     }
 }
 
+/* Whether all are finite: adding 1 to an exponent of all ones carries into the sign bit. */
+static inline int mvn_all_finite(const double *x, ptrdiff_t count) {
+    const uint64_t infinity = (uint64_t)0x7ff << 52;
+    uint64_t carried = 0;
+    for (ptrdiff_t i = 0; i < count; i++) {
+        carried |= (bits_f64(x[i]) & infinity) + ((uint64_t)1 << 52);
+    }
+    return !(carried >> 63);
+}
+
+/* a where bits are set, else b. */
+MVN_INLINE mvn_vec mvn_pick(mvn_bits mask, mvn_vec a, mvn_vec b) {
+    return (mvn_vec)(((mvn_bits)a & mask) | ((mvn_bits)b & ~mask));
+}
+
+ATANH_TAIL_F64(mvn_atanh_tail, mvn_vec)
+
+/* The bits of 1.5, the sign, the exponent of 2^52, sign and exponent. In memory, where `used` keeps
+ * them: GCC would compose each anew with three instructions. */
+#if MVN_LANES == 8
+#define MVN_EVERY(x) {x, x, x, x, x, x, x, x}
+#elif MVN_LANES == 4
+#define MVN_EVERY(x) {x, x, x, x}
+#else
+#define MVN_EVERY(x) {x, x}
+#endif
+static mvn_words mvn_consts[4] __attribute__((used)) = {
+    MVN_EVERY((uint64_t)0x7ff << 51), MVN_EVERY((uint64_t)1 << 63),
+    MVN_EVERY((uint64_t)0x433 << 52), MVN_EVERY((uint64_t)0xfff << 52)};
+
+/* sum_i (t_i - log1p(t_i)) over up to four, from t_i = x_i / y_i - 1 and u_i = x_i / y_i, with one
+ * logarithm. With S = sum t_i, U = prod u_i = 1 + T, T = S + R, where R holds the products of two
+ * and more, and the integer e that brings V = U 2^e near 1, it is
+ *     S - log U = (S - 2 atanh(s)) + e ln 2,    s = (V - 1) / (V + 1).
+ * Where it is small, e = 0 and S - 2s = s T - R, which loses a factor of 7 at most. U is taken as
+ * 1 + T where that is right to an ulp of 1. The sign bit of `bad` is set unless
+ * 2^-1000 < U < 2^1000. 5e-14 (9e-15 seen). */
+MVN_INLINE mvn_vec mvn_terms(
+    const mvn_vec *t, const mvn_vec *u, const int count, mvn_bits *bad) {
+    mvn_vec sum = t[0], rest = {0}, total = t[0], product = u[0], squares = t[0] * t[0];
+    MVN_UNROLL for (int i = 1; i < count; i++) {
+        rest += total * t[i];
+        sum += t[i];
+        total = sum + rest;
+        product *= u[i];
+        squares += t[i] * t[i];
+    }
+    mvn_bits moderate = (mvn_bits)(squares < 0.25), small = (mvn_bits)(squares < 0.019);
+    mvn_vec ratio = mvn_pick(moderate, 1.0 + total, product);
+    mvn_words shift = mvn_consts[0] - (mvn_words)ratio; /* its upper 12 bits: e, as in vecmath.h */
+    mvn_words field = (shift ^ mvn_consts[1]) >> 52;
+    mvn_vec e = (mvn_vec)(field | mvn_consts[2]) - (0x1p52 + 2048.0);
+    mvn_vec matched = (mvn_vec)((mvn_words)ratio + (shift & mvn_consts[3]));
+    mvn_vec s = mvn_pick(small, total, matched - 1.0) / (matched + 1.0);
+    mvn_vec near = s * total - rest, far = (sum - 2.0 * s) + e * 0.6931471805599453;
+    *bad |= (mvn_bits)(1e6 - e * e);
+    return mvn_pick(small, near, far) - mvn_atanh_tail(s);
+}
+
 /* ---- small ----------------------------------------------------------------------------------- */
 
 /* Up to SMALL rows: a kernel for each number of rows, in which all loops over rows are unrolled.
- * LANES items side by side are a group, lower triangles are packed; BUNDLE groups share one loop
- * over logarithms, so that the processor has something to do while it waits for divisions. */
+ * LANES items side by side are a group, lower triangles are packed. */
 #define MVN_SMALL 8
 #define MVN_SMALL_TRIANGLE (MVN_SMALL * (MVN_SMALL + 1) / 2)
-#define MVN_BUNDLE 8
 
 typedef struct {            /* one distribution of every item: addresses, and strides in bytes */
     char *loc;
@@ -126,106 +262,101 @@ typedef struct {            /* one distribution of every item: addresses, and st
 
 typedef struct { mvn_vec l[MVN_SMALL_TRIANGLE], reciprocal[MVN_SMALL]; } mvn_small_factor;
 
-/* What a bundle leaves: per group, row and lane L_p,ii, L_q,ii and y_i; the squares per group. */
-typedef struct {
-    double x[MVN_BUNDLE * MVN_SMALL * MVN_LANES], y[MVN_BUNDLE * MVN_SMALL * MVN_LANES];
-    double t[MVN_BUNDLE * MVN_SMALL * MVN_LANES], kl[MVN_BUNDLE * MVN_LANES];
-} mvn_bundle;
-
-/* LANES numbers that lie `step` bytes apart. */
-#if MVN_LANES == 8
-#define MVN_SPREAD(real) (mvn_vec){ \
-    MVN_STEP(real, 0), MVN_STEP(real, 1), MVN_STEP(real, 2), MVN_STEP(real, 3), \
-    MVN_STEP(real, 4), MVN_STEP(real, 5), MVN_STEP(real, 6), MVN_STEP(real, 7)}
-#elif MVN_LANES == 4
-#define MVN_SPREAD(real) (mvn_vec){ \
-    MVN_STEP(real, 0), MVN_STEP(real, 1), MVN_STEP(real, 2), MVN_STEP(real, 3)}
-#else
-#define MVN_SPREAD(real) (mvn_vec){MVN_STEP(real, 0), MVN_STEP(real, 1)}
-#endif
-#define MVN_STEP(real, lane) *(const real *)(at + (lane) * step)
-MVN_INLINE mvn_vec mvn_spread(const char *at, ptrdiff_t step, int single) {
-    return single ? MVN_SPREAD(float) : MVN_SPREAD(double);
+/* Asks for part number `part` of `parts` of a group's matrices, if they lie side by side: in the
+ * order of memory, in which processors go on by themselves. Beyond the last item it asks in vain. */
+MVN_INLINE void mvn_prefetch_group(
+    const mvn_side *s, ptrdiff_t item, ptrdiff_t part, ptrdiff_t parts, ptrdiff_t most) {
+    const char *begin = s->matrix + item * s->matrix_outer;
+    const ptrdiff_t size = MVN_LANES * s->matrix_outer / parts;
+    if (s->matrix_outer > most * most * (ptrdiff_t)sizeof(double)) return;
+    for (ptrdiff_t at = part * size; at < (part + 1) * size; at += 64) {
+        __builtin_prefetch(begin + at, 0, 3);
+    }
 }
 
 #define MVN_EACH(i, begin, end) MVN_UNROLL for (int i = begin; i < (end); i++)
 #define MVN_TRIANGLE(i, j) ((i) * ((i) + 1) / 2 + (j))
 
-/* L <- the factor of S = L L^T, and the reciprocals of its diagonal. */
-MVN_INLINE void mvn_small_cholesky(mvn_vec *l, mvn_vec *reciprocal, const int n) {
-    MVN_EACH(j, 0, n) {
-        mvn_vec *row = l + MVN_TRIANGLE(j, 0);
-        MVN_EACH(k, 0, j) row[j] -= row[k] * row[k];
-        row[j] = mvn_sqrt(row[j]);
-        reciprocal[j] = 1.0 / row[j];
-        MVN_EACH(i, j + 1, n) {
-            mvn_vec *below = l + MVN_TRIANGLE(i, 0);
-            MVN_EACH(k, 0, j) below[j] -= below[k] * row[k];
-            below[j] *= reciprocal[j];
-        }
+/* Row i of a covariance S becomes that of its factor, after the rows above. S = M D M^T, M with a
+ * diagonal of ones: sums run over products of the row of M D at hand and of rows of M, `unit`, so
+ * that pivots wait for one division each and for no square root. L = M D^(1/2). */
+MVN_INLINE void mvn_small_eliminate(
+    mvn_vec *row, mvn_vec *unit, mvn_vec *inverse, mvn_vec *reciprocal, int solved, const int i,
+    const int n) {
+    mvn_vec *scaled = unit + MVN_TRIANGLE(i, 0);
+    MVN_EACH(j, 1, i) {
+        MVN_EACH(k, 0, j) row[j] -= row[k] * unit[MVN_TRIANGLE(j, k)];
+    }
+    MVN_EACH(j, 0, i) {
+        scaled[j] = row[j] * inverse[j];
+        row[i] -= row[j] * scaled[j];
+        row[j] *= reciprocal[j];
+    }
+    if (i < n - 1) {
+        inverse[i] = 1.0 / row[i];
+        reciprocal[i] = mvn_sqrt(inverse[i]);
+        row[i] *= reciprocal[i];
+    } else {
+        row[i] = mvn_sqrt(row[i]);
+        if (solved) reciprocal[i] = 1.0 / row[i];
     }
 }
 
+/* A side of a group, LANES items from one on; in a batch of fewer, one item with strides of 0.
+ * `solved`: systems are, with the factor. */
 MVN_INLINE void mvn_small_load(
-    const mvn_side *s, ptrdiff_t item, ptrdiff_t wide, mvn_small_factor *factor, const int n,
+    const mvn_side *s, ptrdiff_t item, int solved, mvn_small_factor *factor, const int n,
     const int single) {
-    const char *matrix = s->matrix + item * s->matrix_outer;
-    MVN_EACH(i, 0, n) {
-        MVN_EACH(j, 0, i + 1) {
-            factor->l[MVN_TRIANGLE(i, j)] =
-                mvn_spread(matrix + i * s->row + j * s->column, wide * s->matrix_outer, single);
-        }
-    }
+    const ptrdiff_t outer = s->matrix_outer, below = s->row, column = s->column;
+    const char *at = s->matrix + item * s->matrix_outer;
+    mvn_vec unit[MVN_SMALL_TRIANGLE], inverse[MVN_SMALL];
     if (s->covariance) {
-        mvn_small_cholesky(factor->l, factor->reciprocal, n);
+        MVN_EACH(i, 0, n) {
+            mvn_vec row[MVN_SMALL];
+            mvn_read(row, at + i * below, outer, column, i + 1, single);
+            mvn_small_eliminate(row, unit, inverse, factor->reciprocal, solved, i, n);
+            MVN_EACH(j, 0, i + 1) factor->l[MVN_TRIANGLE(i, j)] = row[j];
+        }
         return;
     }
     MVN_EACH(i, 0, n) {
-        mvn_vec inverse = 1.0 / factor->l[MVN_TRIANGLE(i, i)];
-        factor->reciprocal[i] = mvn_finite(inverse);
+        mvn_vec *row = factor->l + MVN_TRIANGLE(i, 0);
+        mvn_read(row, at + i * below, outer, column, i + 1, single);
+        if (solved) factor->reciprocal[i] = 1.0 / row[i];
     }
 }
 
-/* Asks for a group's matrices, if they lie side by side; beyond the last item it asks in vain. */
-MVN_INLINE void mvn_small_prefetch(const mvn_side *s, ptrdiff_t item) {
-    const char *matrix = s->matrix + item * s->matrix_outer;
-    if (s->matrix_outer > MVN_SMALL * MVN_SMALL * (ptrdiff_t)sizeof(double)) return;
-    for (ptrdiff_t at = 0; at < MVN_LANES * s->matrix_outer; at += 64) {
-        __builtin_prefetch(matrix + at, 0, 3);
-    }
+MVN_INLINE void mvn_small_loc(
+    const mvn_side *s, ptrdiff_t item, mvn_vec *loc, const int n, const int single) {
+    mvn_read(loc, s->loc + item * s->loc_outer, s->loc_outer, s->loc_inner, n, single);
 }
 
-/* One group; `q` is NULL for N(0, I). `wide`: 1, or 0 for one item in all lanes. */
-MVN_INLINE void mvn_small_group(
-    const mvn_side *p, const mvn_side *q, ptrdiff_t item, ptrdiff_t wide, mvn_small_factor *a,
-    mvn_small_factor *b, int load_p, int load_q, mvn_bundle *bundle, ptrdiff_t group, const int n,
-    const int single) {
-    mvn_vec *x = (mvn_vec *)bundle->x + group * n, *y = (mvn_vec *)bundle->y + group * n;
-    mvn_vec *t = (mvn_vec *)bundle->t + group * n, z[MVN_SMALL], squares[2] = {{0}, {0}};
-    if (load_p) mvn_small_load(p, item, wide, a, n, single);
-    if (load_q) mvn_small_load(q, item, wide, b, n, single);
-    MVN_EACH(i, 0, n) {
-        const char *at = p->loc + item * p->loc_outer + i * p->loc_inner;
-        z[i] = mvn_spread(at, wide * p->loc_outer, single);
-        x[i] = a->l[MVN_TRIANGLE(i, i)];
-    }
+/* The divergences of a group, NaN where other formulas may know more; `q` is NULL for N(0, I). */
+MVN_INLINE mvn_vec mvn_small_group(
+    const mvn_side *p, const mvn_side *q, ptrdiff_t item, mvn_small_factor *a,
+    mvn_small_factor *b, int load_p, int load_q, const int n, const int single) {
+    mvn_vec z[MVN_SMALL], t[MVN_SMALL], u[MVN_SMALL], squares[2] = {{0}, {0}}, kl;
+    mvn_bits bad = {0};
+    if (load_p) mvn_small_load(p, item, 0, a, n, single);
+    if (load_q) mvn_small_load(q, item, 1, b, n, single);
+    mvn_small_loc(p, item, z, n, single);
     if (!q) {
         MVN_EACH(i, 0, n) {
-            y[i] = mvn_ones();
-            t[i] = x[i] - y[i];
+            u[i] = a->l[MVN_TRIANGLE(i, i)];
+            t[i] = u[i] - 1.0;
+            bad |= (mvn_bits)u[i];
             squares[0] += z[i] * z[i] + t[i] * t[i];
             MVN_EACH(j, 0, i) squares[1] += a->l[MVN_TRIANGLE(i, j)] * a->l[MVN_TRIANGLE(i, j)];
         }
     } else {
         mvn_vec column[MVN_SMALL];
+        mvn_small_loc(q, item, column, n, single);
         MVN_EACH(i, 0, n) {
-            const char *at = q->loc + item * q->loc_outer + i * q->loc_inner;
             const mvn_vec *row = b->l + MVN_TRIANGLE(i, 0);
-            z[i] -= mvn_spread(at, wide * q->loc_outer, single);
+            z[i] -= column[i];
             MVN_EACH(k, 0, i) z[i] -= row[k] * z[k];
             z[i] *= b->reciprocal[i];
             squares[0] += z[i] * z[i];
-            y[i] = row[i];
         }
         MVN_EACH(j, 0, n) {
             MVN_EACH(i, j, n) {
@@ -236,54 +367,78 @@ MVN_INLINE void mvn_small_group(
                 squares[1] += column[i] * column[i];
             }
             t[j] = column[j];
+            u[j] = a->l[MVN_TRIANGLE(j, j)] * b->reciprocal[j];
+            bad |= (mvn_bits)a->l[MVN_TRIANGLE(j, j)] | (mvn_bits)b->reciprocal[j];
         }
     }
-    ((mvn_vec *)bundle->kl)[group] = 0.5 * (squares[0] + squares[1]);
+    kl = 0.5 * (squares[0] + squares[1]) + mvn_terms(t, u, n < 4 ? n : 4, &bad);
+    if (n > 4) kl += mvn_terms(t + 4, u + 4, n - 4, &bad);
+    return (mvn_vec)((mvn_bits)kl | (bad < 0)); /* all bits set: NaN */
 }
 
 /* `groups` groups from item `first` on; `fresh`: shared factors have not been loaded yet. */
-MVN_INLINE void mvn_small_bundle(
-    const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups, ptrdiff_t wide,
-    mvn_small_factor *a, mvn_small_factor *b, int fresh, mvn_bundle *bundle, const int n,
-    const int single) {
-    mvn_vec *kl = (mvn_vec *)bundle->kl, *t = (mvn_vec *)bundle->t;
+MVN_INLINE void mvn_small_groups(
+    const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups, mvn_small_factor *a,
+    mvn_small_factor *b, int fresh, double *kl, const int n, const int single) {
     for (ptrdiff_t group = 0; group < groups; group++) {
+        ptrdiff_t item = first + group * MVN_LANES;
         int begin = fresh && group == 0;
-        if (n > 3 && wide) {
-            mvn_small_prefetch(p, first + (group + 1) * MVN_LANES);
-            if (q) mvn_small_prefetch(q, first + (group + 1) * MVN_LANES);
+        if (n > 3) {
+            mvn_prefetch_group(p, item + MVN_LANES, 0, 1, n);
+            if (q) mvn_prefetch_group(q, item + MVN_LANES, 0, 1, n);
         }
-        mvn_small_group(p, q, first + group * (wide ? MVN_LANES : 1), wide, a, b,
-                        begin || !p->shared, q && (begin || !q->shared), bundle, group, n, single);
-    }
-    mvn_minus_log1p_each(bundle->x, bundle->y, bundle->t, groups * n * MVN_LANES);
-    for (ptrdiff_t group = 0; group < groups; group++) {
-        MVN_EACH(i, 0, n) kl[group] += t[group * n + i];
+        *(mvn_loose *)(kl + group * MVN_LANES) = mvn_small_group(
+            p, q, item, a, b, begin || !p->shared, q && (begin || !q->shared), n, single);
     }
 }
 
 #define MVN_SMALL_CASE(n, single) case n: \
-    mvn_small_bundle(p, q, first, groups, wide, a, b, fresh, bundle, n, single); break;
+    mvn_small_groups(p, q, first, groups, a, b, fresh, kl, n, single); break;
 #define MVN_SMALL_CASES(single) switch (n) { \
     MVN_SMALL_CASE(1, single) MVN_SMALL_CASE(2, single) MVN_SMALL_CASE(3, single) \
     MVN_SMALL_CASE(4, single) MVN_SMALL_CASE(5, single) MVN_SMALL_CASE(6, single) \
     MVN_SMALL_CASE(7, single) MVN_SMALL_CASE(8, single) }
 static void mvn_small_f32(
-    const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups, ptrdiff_t wide,
-    mvn_small_factor *a, mvn_small_factor *b, int fresh, mvn_bundle *bundle, ptrdiff_t n) {
+    const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups,
+    mvn_small_factor *a, mvn_small_factor *b, int fresh, double *kl, ptrdiff_t n) {
     MVN_SMALL_CASES(1)
 }
 static void mvn_small_f64(
-    const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups, ptrdiff_t wide,
-    mvn_small_factor *a, mvn_small_factor *b, int fresh, mvn_bundle *bundle, ptrdiff_t n) {
+    const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups,
+    mvn_small_factor *a, mvn_small_factor *b, int fresh, double *kl, ptrdiff_t n) {
     MVN_SMALL_CASES(0)
 }
 
 /* ---- lanes ---------------------------------------------------------------------------------- */
 
+#define MVN_LANES_LIMIT 24 /* rows up to which items in lanes are faster than one by one */
+
 /* LANES items side by side: [mu | L] of all of them, n rows (n even) of `stride` vectors, mu in
  * column 0 and element (i, j) of L in column j + 1. The four columns after the diagonal are 0, and
  * two more rows follow that are computed but never used. */
+
+/* A side of a group. An odd number of rows gets one more, of an identity: it adds nothing. */
+MVN_INLINE void mvn_lanes_loc(
+    mvn_vec *a, const mvn_side *s, ptrdiff_t item, ptrdiff_t stride, ptrdiff_t n,
+    int single) {
+    mvn_vec line[MVN_LANES_LIMIT];
+    mvn_read(line, s->loc + item * s->loc_outer, s->loc_outer, s->loc_inner, n, single);
+    for (ptrdiff_t i = 0; i < n; i++) a[i * stride] = line[i];
+}
+
+MVN_INLINE void mvn_lanes_rows(
+    mvn_vec *a, const mvn_side *s, ptrdiff_t item, ptrdiff_t stride, ptrdiff_t n,
+    ptrdiff_t first, ptrdiff_t last, int single) {
+    const char *matrix = s->matrix + item * s->matrix_outer;
+    const ptrdiff_t outer = s->matrix_outer, row = s->row, column = s->column;
+    for (ptrdiff_t i = first; i < last && i < n; i++) {
+        mvn_read(a + i * stride + 1, matrix + i * row, outer, column, i + 1, single);
+    }
+    if (last > n) {
+        for (ptrdiff_t j = 0; j <= n; j++) a[n * stride + j] = (mvn_vec){0};
+        a[n * stride + n + 1] = mvn_ones();
+    }
+}
 
 /* Columns j, j + 1 of rows i .. i + 3: subtract sum_k<j L[i][k] L[j][k], then divide by the
  * diagonal block. */
@@ -320,11 +475,12 @@ MVN_INLINE void mvn_lanes_cholesky(mvn_vec *a, mvn_vec *reciprocal, ptrdiff_t st
             below -= lower[k] * upper[k];
             second -= lower[k] * lower[k];
         }
-        second -= below * (below / first);
-        upper[j] = mvn_sqrt(first);
-        lower[j + 1] = mvn_sqrt(second);
-        reciprocal[j] = 1.0 / upper[j];
-        reciprocal[j + 1] = 1.0 / lower[j + 1];
+        mvn_vec inverse = 1.0 / first;
+        second -= below * (below * inverse);
+        reciprocal[j] = mvn_sqrt(inverse);
+        reciprocal[j + 1] = mvn_sqrt(1.0 / second);
+        upper[j] = first * reciprocal[j];
+        lower[j + 1] = second * reciprocal[j + 1];
         lower[j] = below * reciprocal[j];
         for (ptrdiff_t i = j + 2; i < n; i += 4) mvn_lanes_eliminate(a, reciprocal, stride, i, j);
     }
@@ -333,42 +489,47 @@ MVN_INLINE void mvn_lanes_cholesky(mvn_vec *a, mvn_vec *reciprocal, ptrdiff_t st
 MVN_INLINE void mvn_lanes_reciprocals(
     const mvn_vec *a, mvn_vec *reciprocal, ptrdiff_t stride, ptrdiff_t n) {
     for (ptrdiff_t i = 0; i < n; i++) {
-        mvn_vec diagonal = a[i * stride + i + 1];
-        MVN_UNROLL for (int lane = 0; lane < MVN_LANES; lane++) {
-            reciprocal[i][lane] = mvn_reciprocal(diagonal[lane]);
+        mvn_vec inverse = 1.0 / a[i * stride + i + 1];
+        reciprocal[i] = mvn_finite(inverse);
+    }
+}
+
+/* Rows i and i + 1 of [z | Y] = L_q^-1 ([mu_p | L_p] - [mu_q | L_q]) by forward substitution, four
+ * columns at a time. Adds their squares to `total`. */
+MVN_INLINE void mvn_lanes_whiten_rows(
+    const mvn_vec *p, const mvn_vec *q, const mvn_vec *reciprocal, mvn_vec *y, mvn_vec *total,
+    ptrdiff_t stride, ptrdiff_t i) {
+    const mvn_vec *l = q + i * stride + 1;
+    for (ptrdiff_t j = 0; j <= i + 2; j += 4) {
+        ptrdiff_t at = i * stride + j;
+        mvn_vec sum[2][4];
+        MVN_UNROLL for (int c = 0; c < 4; c++) {
+            sum[0][c] = p[at + c] - q[at + c];
+            sum[1][c] = p[at + stride + c] - q[at + stride + c];
+        }
+        for (ptrdiff_t k = j > 0 ? j - 1 : 0; k < i; k++) {
+            MVN_UNROLL for (int c = 0; c < 4; c++) {
+                sum[0][c] -= l[k] * y[k * stride + j + c];
+                sum[1][c] -= l[stride + k] * y[k * stride + j + c];
+            }
+        }
+        MVN_UNROLL for (int c = 0; c < 4; c++) {
+            sum[0][c] *= reciprocal[i];
+            sum[1][c] = (sum[1][c] - l[stride + i] * sum[0][c]) * reciprocal[i + 1];
+            y[at + c] = sum[0][c];
+            y[at + stride + c] = sum[1][c];
+            total[c] += sum[0][c] * sum[0][c] + sum[1][c] * sum[1][c];
         }
     }
 }
 
-/* [z | Y] = L_q^-1 ([mu_p | L_p] - [mu_q | L_q]) by forward substitution, two rows and four columns
- * at a time, and `squares` = |z|^2 + |Y|^2. */
+/* All rows, and `squares` = |z|^2 + |Y|^2. */
 MVN_INLINE void mvn_lanes_whiten(
     const mvn_vec *p, const mvn_vec *q, const mvn_vec *reciprocal, mvn_vec *y, mvn_vec *squares,
     ptrdiff_t stride, ptrdiff_t n) {
     mvn_vec total[4] = {{0}};
     for (ptrdiff_t i = 0; i < n; i += 2) {
-        const mvn_vec *l = q + i * stride + 1;
-        for (ptrdiff_t j = 0; j <= i + 2; j += 4) {
-            ptrdiff_t at = i * stride + j;
-            mvn_vec sum[2][4];
-            MVN_UNROLL for (int c = 0; c < 4; c++) {
-                sum[0][c] = p[at + c] - q[at + c];
-                sum[1][c] = p[at + stride + c] - q[at + stride + c];
-            }
-            for (ptrdiff_t k = j > 0 ? j - 1 : 0; k < i; k++) {
-                MVN_UNROLL for (int c = 0; c < 4; c++) {
-                    sum[0][c] -= l[k] * y[k * stride + j + c];
-                    sum[1][c] -= l[stride + k] * y[k * stride + j + c];
-                }
-            }
-            MVN_UNROLL for (int c = 0; c < 4; c++) {
-                sum[0][c] *= reciprocal[i];
-                sum[1][c] = (sum[1][c] - l[stride + i] * sum[0][c]) * reciprocal[i + 1];
-                y[at + c] = sum[0][c];
-                y[at + stride + c] = sum[1][c];
-                total[c] += sum[0][c] * sum[0][c] + sum[1][c] * sum[1][c];
-            }
-        }
+        mvn_lanes_whiten_rows(p, q, reciprocal, y, total, stride, i);
     }
     *squares = (total[0] + total[1]) + (total[2] + total[3]);
 }
@@ -385,6 +546,69 @@ MVN_INLINE void mvn_lanes_whiten_standard(
         y[i * stride + i + 1] = t;
     }
     *squares = rest + diagonal;
+}
+
+/* The divergences of LANES items by `mvn_terms`, NaN where other formulas may know more: from L_p,
+ * 1 / L_q,ii, [z | Y] and |z|^2 + |Y|^2. */
+MVN_INLINE void mvn_lanes_sum(
+    const mvn_vec *p, const mvn_vec *reciprocal, const mvn_vec *y, const mvn_vec *squares,
+    ptrdiff_t stride, ptrdiff_t n, double *kl) {
+    mvn_vec t[MVN_LANES_LIMIT], u[MVN_LANES_LIMIT], sum = 0.5 * *squares;
+    mvn_bits bad = {0};
+    for (ptrdiff_t i = 0; i < n; i++) {
+        mvn_vec x = p[i * stride + i + 1];
+        t[i] = y[i * stride + i + 1];
+        u[i] = x * reciprocal[i];
+        bad |= (mvn_bits)x | (mvn_bits)reciprocal[i];
+    }
+    for (ptrdiff_t i = 0; i + 4 <= n; i += 4) sum += mvn_terms(t + i, u + i, 4, &bad);
+    if (n % 4) sum += mvn_terms(t + n - 2, u + n - 2, 2, &bad);
+    *(mvn_loose *)kl = (mvn_vec)((mvn_bits)sum | (bad < 0)); /* all bits set: NaN */
+}
+
+/* Scratch for items in lanes: [mu | L] of both sides, [z | Y] and 1 / L_q,ii. */
+typedef struct { mvn_vec *p, *q, *y, *reciprocal; } mvn_lanes;
+
+/* The divergences of a group; `q` is NULL for N(0, I). Rows of factors are read as they are needed,
+ * and the next group's are asked for. */
+MVN_INLINE void mvn_lanes_group(
+    const mvn_lanes *a, const mvn_side *p, const mvn_side *q, ptrdiff_t item, int load_p,
+    int load_q, ptrdiff_t stride, ptrdiff_t n, double *kl, int single) {
+    mvn_vec total[4] = {{0}}, unused[MVN_LANES_LIMIT], squares;
+    ptrdiff_t even = n + n % 2;
+    int rows_p = load_p && q && !p->covariance, rows_q = load_q && !q->covariance;
+    if (load_p && !rows_p) mvn_lanes_rows(a->p, p, item, stride, n, 0, even, single);
+    if (load_p && p->covariance) mvn_lanes_cholesky(a->p, unused, stride, even);
+    mvn_lanes_loc(a->p, p, item, stride, n, single);
+    if (load_q && q->covariance) {
+        mvn_lanes_rows(a->q, q, item, stride, n, 0, even, single);
+        mvn_lanes_cholesky(a->q, a->reciprocal, stride, even);
+    }
+    if (q) mvn_lanes_loc(a->q, q, item, stride, n, single);
+    for (ptrdiff_t i = 0; q && i < even; i += 2) {
+        mvn_prefetch_group(p, item + MVN_LANES, i / 2, even / 2, n);
+        mvn_prefetch_group(q, item + MVN_LANES, i / 2, even / 2, n);
+        if (rows_p) mvn_lanes_rows(a->p, p, item, stride, n, i, i + 2, single);
+        if (rows_q) {
+            mvn_lanes_rows(a->q, q, item, stride, n, i, i + 2, single);
+            a->reciprocal[i] = 1.0 / a->q[i * stride + i + 1];
+            a->reciprocal[i + 1] = 1.0 / a->q[(i + 1) * stride + i + 2];
+        }
+        mvn_lanes_whiten_rows(a->p, a->q, a->reciprocal, a->y, total, stride, i);
+    }
+    squares = (total[0] + total[1]) + (total[2] + total[3]);
+    if (!q) mvn_lanes_whiten_standard(a->p, a->y, &squares, stride, even);
+    mvn_lanes_sum(a->p, a->reciprocal, a->y, &squares, stride, even, kl);
+}
+static inline void mvn_lanes_group_f32(
+    const mvn_lanes *a, const mvn_side *p, const mvn_side *q, ptrdiff_t item,
+    int load_p, int load_q, ptrdiff_t stride, ptrdiff_t n, double *kl) {
+    mvn_lanes_group(a, p, q, item, load_p, load_q, stride, n, kl, 1);
+}
+static inline void mvn_lanes_group_f64(
+    const mvn_lanes *a, const mvn_side *p, const mvn_side *q, ptrdiff_t item,
+    int load_p, int load_q, ptrdiff_t stride, ptrdiff_t n, double *kl) {
+    mvn_lanes_group(a, p, q, item, load_p, load_q, stride, n, kl, 0);
 }
 
 /* The diagonal of L, [i][lane]. */

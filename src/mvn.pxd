@@ -7,7 +7,7 @@ With S_p = L_p L_p^T, S_q = L_q L_q^T and Y = L_q^-1 (L_p - L_q), lower triangul
 a sum of terms >= 0: nothing cancels when P is close to Q, where L_p - L_q is exact while
 L_q^-1 L_p = I + Y would not be. No inverse and no determinant is formed.
 
-Largest relative error from factors up to D = 17: 1e-13 (2e-15 seen), for float32 4e-6 (8e-7 seen);
+Largest relative error from factors up to D = 17: 1e-13 (9e-15 seen), for float32 4e-6 (8e-7 seen);
 from covariances the Cholesky factorisation's own, about D eps cond(S), with the eps of double.
 
 float32 is computed in double from covariances, whose factorisation would lose digits, and below
@@ -18,8 +18,10 @@ of 2^-24, the item is computed in double.
 
 Diagonal elements of L_q below 2^-1024 are good for equality, 0, but not for accuracy.
 
-Up to SMALL rows there is a kernel for each number of rows; then matrices lie side by side, one in
-a SIMD lane each; large ones are taken one at a time, in panels of rows (mvn.h).
+Matrices of up to LANES_LIMIT rows lie side by side, one in a SIMD lane each, with a kernel for each
+number of rows up to SMALL; larger ones are taken one at a time, in panels of rows (mvn.h). Lanes
+have the formulas for numbers of ordinary size, one logarithm for four y_i; what they cannot give is
+computed in panels, too, which sort out bad input and extreme scales.
 """
 
 from cython.parallel cimport prange
@@ -41,8 +43,7 @@ cdef extern from "mvn.h" nogil:
         COLUMNS "MVN_COLUMNS"
         DEPTH "MVN_DEPTH"
         SMALL "MVN_SMALL"
-        SMALL_TRIANGLE "MVN_SMALL_TRIANGLE"
-        BUNDLE "MVN_BUNDLE"
+        LANES_LIMIT "MVN_LANES_LIMIT"
     ctypedef struct Side "mvn_side":  # one distribution of every item: addresses, strides in bytes
         char *loc
         npy_intp loc_outer, loc_inner
@@ -52,18 +53,24 @@ cdef extern from "mvn.h" nogil:
         bint shared
     ctypedef struct SmallFactor "mvn_small_factor":
         pass
-    ctypedef struct Bundle "mvn_bundle":
-        double *x
-        double *y
-        double *kl
     void small_f32 "mvn_small_f32"(
-        const Side *p, const Side *q, npy_intp first, npy_intp groups, npy_intp wide,
-        SmallFactor *a, SmallFactor *b, bint fresh, Bundle *bundle, npy_intp n)
+        const Side *p, const Side *q, npy_intp first, npy_intp groups,
+        SmallFactor *a, SmallFactor *b, bint fresh, double *kl, npy_intp n)
     void small_f64 "mvn_small_f64"(
-        const Side *p, const Side *q, npy_intp first, npy_intp groups, npy_intp wide,
-        SmallFactor *a, SmallFactor *b, bint fresh, Bundle *bundle, npy_intp n)
-    vec gather_f32 "mvn_gather_f32"(char *const *at, npy_intp offset)
-    vec gather_f64 "mvn_gather_f64"(char *const *at, npy_intp offset)
+        const Side *p, const Side *q, npy_intp first, npy_intp groups,
+        SmallFactor *a, SmallFactor *b, bint fresh, double *kl, npy_intp n)
+    bint all_finite "mvn_all_finite"(const double *x, npy_intp count)
+    ctypedef struct Lanes "mvn_lanes":
+        vec *p
+        vec *q
+        vec *y
+        vec *reciprocal
+    void lanes_group_f32 "mvn_lanes_group_f32"(
+        const Lanes *a, const Side *p, const Side *q, npy_intp item, bint load_p,
+        bint load_q, npy_intp stride, npy_intp n, double *kl)
+    void lanes_group_f64 "mvn_lanes_group_f64"(
+        const Lanes *a, const Side *p, const Side *q, npy_intp item, bint load_p,
+        bint load_q, npy_intp stride, npy_intp n, double *kl)
     vec ones "mvn_ones"()
     void lanes_cholesky "mvn_lanes_cholesky"(vec *a, vec *reciprocal, npy_intp stride, npy_intp n)
     void lanes_reciprocals "mvn_lanes_reciprocals"(
@@ -113,14 +120,11 @@ cdef extern from "mvn.h" nogil:
     double divergence "mvn_divergence"(
         const double *x, const double *y, double *t, double squares, npy_intp n)
 
-# Up to so many rows, items in lanes are faster than one by one; a Cholesky factorisation waits for
-# one division after the other. An item's bits do not depend on its neighbours: its size and kind
-# alone choose the kernel.
+# An item's bits do not depend on its neighbours: its size and numbers alone choose the formulas.
 cdef enum:
     MOST_LANES = 8
+    MOST_GROUPS = 16  # of small matrices between two looks at what they gave
     MOST_ROWS = 32
-    LANES_FROM_FACTORS = 10
-    LANES_FROM_COVARIANCES = 24
     BLOCK = 8        # least panels of a covariance that threads share before they are factorised
     MOST_TOGETHER = 8    # panels that are solved together
     SINGLE = 32      # rows from which on float32 pays, where it is exact enough
@@ -187,123 +191,113 @@ cdef inline bint lanes_improper(const double *x, const double *y, npy_intp lane,
 
 # ---- small: a kernel for each number of rows up to SMALL --------------------------------------
 
+cdef inline int put(const Batch *batch, npy_intp first, npy_intp count, const double *kl,
+                    const Side *p, const Side *q, npy_intp n,
+                    real type_tag) noexcept nogil:
+    """Write results of items side by side. Those that are not finite are computed once more, alone:
+    either the item is bad, or its numbers are out of the range of the formulas for lanes."""
+    cdef char *out = batch.operands[2 if q == NULL else 4]
+    cdef npy_intp outer = batch.outer[2 if q == NULL else 4], i
+    cdef Watch watch
+    cdef int status = 0
+    if outer == sizeof(real):
+        for i in range(count):
+            (<real *> out)[first + i] = <real> kl[i]
+    else:
+        for i in range(count):
+            (<real *> (out + (first + i) * outer))[0] = <real> kl[i]
+    if all_finite(kl, count):
+        return 0
+    watch.threads, watch.stop, watch.next_look = 1, False, INFINITY
+    for i in range(count):
+        if not isfinite(kl[i]):
+            status |= panels_rows(batch, first + i, first + i + 1, p, q, n, &watch, type_tag)
+    return status
+
+
+cdef inline Side alone(const Side *s, npy_intp item) noexcept nogil:
+    """One item, in every lane."""
+    cdef Side one = s[0]
+    one.loc += item * s.loc_outer
+    one.matrix += item * s.matrix_outer
+    one.loc_outer = one.matrix_outer = 0
+    return one
+
+
+cdef inline void small_groups(const Side *p, const Side *q, npy_intp first, npy_intp groups,
+                              SmallFactor *a, SmallFactor *b, bint fresh, double *kl, npy_intp n,
+                              real type_tag) noexcept nogil:
+    if real is float:
+        small_f32(p, q, first, groups, a, b, fresh, kl, n)
+    else:
+        small_f64(p, q, first, groups, a, b, fresh, kl, n)
+
+
 cdef inline int small_rows(const Batch *batch, npy_intp first, npy_intp last, const Side *p,
                            const Side *q, npy_intp n, real type_tag) noexcept nogil:
-    cdef SmallFactor factor_p, factor_q
-    cdef Bundle bundle
-    cdef char *out = batch.operands[2 if q == NULL else 4]
-    cdef npy_intp out_outer = batch.outer[2 if q == NULL else 4]
-    cdef npy_intp item = first, groups, count, i, wide, width, place
-    cdef double kl
+    cdef SmallFactor a, b
+    cdef Side one_p, one_q
+    cdef double kl[MOST_GROUPS * MOST_LANES]
+    cdef npy_intp item = first, groups
     cdef int status = 0
+    if last - first < LANES:
+        for item in range(first, last):
+            one_p = alone(p, item)
+            if q != NULL:
+                one_q = alone(q, item)
+            small_groups(&one_p, NULL if q == NULL else &one_q, 0, 1, &a, &b, True, kl, n, type_tag)
+            status |= put(batch, item, 1, kl, p, q, n, type_tag)
+        return status
     while item < last:
-        wide = last - item >= LANES  # else one item in all lanes, which share its group
-        width = LANES if wide else 1
-        groups = min(<npy_intp> BUNDLE, (last - item) // width)
-        if real is float:
-            small_f32(p, q, item, groups, wide, &factor_p, &factor_q, item == first, &bundle, n)
-        else:
-            small_f64(p, q, item, groups, wide, &factor_p, &factor_q, item == first, &bundle, n)
-        for i in range(groups * width):
-            place = i if wide else i * LANES
-            kl = bundle.kl[place]
-            if not isfinite(kl):
-                place = place // LANES * n * LANES + place % LANES
-                status |= settle(&kl, lanes_improper(bundle.x, bundle.y, place, n), p, q, item + i,
-                                 n, type_tag)
-            (<real *> (out + (item + i) * out_outer))[0] = <real> kl
-        item += groups * width
+        item = min(item, last - LANES)  # the last group overlaps the one before
+        groups = min(<npy_intp> MOST_GROUPS, (last - item) // LANES)
+        small_groups(p, q, item, groups, &a, &b, item == first, kl, n, type_tag)
+        status |= put(batch, item, groups * LANES, kl, p, q, n, type_tag)
+        item += groups * LANES
     return status
 
 
 # ---- lanes: matrices of up to LANES_LIMIT rows, LANES items side by side ----------------------
 
-cdef inline vec gather(char *const *at, npy_intp offset, real type_tag) noexcept nogil:
+cdef inline void lanes_group(const Lanes *a, const Side *p, const Side *q, npy_intp item,
+                             bint fresh, npy_intp stride, npy_intp n, double *kl,
+                             real type_tag) noexcept nogil:
+    cdef bint load_p = fresh or not p.shared, load_q = q != NULL and (fresh or not q.shared)
     if real is float:
-        return gather_f32(at, offset)
+        lanes_group_f32(a, p, q, item, load_p, load_q, stride, n, kl)
     else:
-        return gather_f64(at, offset)
-
-
-cdef inline void lanes_load(vec *a, const Side *s, npy_intp first, npy_intp last, npy_intp n,
-                            npy_intp stride, bint loc_only, real type_tag) noexcept nogil:
-    """[mu | L] of the items from `first` on; beyond the last one, the last one again.
-
-    An odd number of rows gets one more, of an identity matrix: it adds nothing.
-    """
-    cdef char *loc[MOST_LANES]
-    cdef char *matrix[MOST_LANES]
-    cdef npy_intp loc_inner = s.loc_inner, row = s.row, column = s.column, i, j, lane, item
-    for lane in range(LANES):
-        item = min(first + lane, last - 1)
-        loc[lane] = s.loc + item * s.loc_outer
-        matrix[lane] = s.matrix + item * s.matrix_outer
-    for i in range(n):
-        a[i * stride] = gather(loc, i * loc_inner, type_tag)
-    if loc_only:
-        return
-    for i in range(n):
-        for j in range(i + 1):
-            a[i * stride + j + 1] = gather(matrix, i * row + j * column, type_tag)
-    if n % 2 == 1:
-        memset(a + n * stride, 0, (n + 1) * sizeof(vec))
-        a[n * stride + n + 1] = ones()
+        lanes_group_f64(a, p, q, item, load_p, load_q, stride, n, kl)
 
 
 cdef inline int lanes_rows(const Batch *batch, npy_intp first, npy_intp last, const Side *p,
                            const Side *q, npy_intp n, real type_tag) noexcept nogil:
-    cdef npy_intp even = n + n % 2, stride = (n + 4) // 4 * 4
-    cdef npy_intp square = (even + 2) * stride * LANES, line = even * LANES
-    cdef npy_intp length = 3 * square + 4 * line + LANES
-    cdef void *memory = malloc(length * sizeof(double) + 64)
+    cdef npy_intp even = n + n % 2, stride = (n + 4) // 4 * 4, square = (even + 2) * stride
+    cdef npy_intp item = first, i
+    cdef Side one_p, one_q
+    cdef double kl[MOST_LANES]
+    cdef Lanes a
+    cdef int status = 0
+    cdef void *memory = malloc((3 * square + even) * sizeof(vec) + 64)
     if memory == NULL:
         return NO_MEMORY
-    cdef double *factor_p = aligned(memory)
-    cdef double *factor_q = factor_p + square
-    cdef double *y = factor_q + square
-    cdef double *reciprocal = y + square
-    cdef double *t = reciprocal + line
-    cdef double *diagonal_p = t + line
-    cdef double *diagonal_q = diagonal_p + line
-    cdef double *squares = diagonal_q + line
-    cdef double kl[MOST_LANES]
-    cdef char *out = batch.operands[2 if q == NULL else 4]
-    cdef npy_intp out_outer = batch.outer[2 if q == NULL else 4]
-    cdef npy_intp group, lane, i
-    cdef bint fresh
-    cdef int status = 0
-    memset(factor_p, 0, 2 * square * sizeof(double))
-    if q == NULL:
-        for i in range(line):
-            diagonal_q[i] = 1.0
-    for group from first <= group < last by LANES:
-        if q != NULL:
-            fresh = group == first or not q.shared
-            lanes_load(<vec *> factor_q, q, group, last, n, stride, not fresh, type_tag)
-            if fresh:
-                if q.covariance:
-                    lanes_cholesky(<vec *> factor_q, <vec *> reciprocal, stride, even)
-                else:
-                    lanes_reciprocals(<vec *> factor_q, <vec *> reciprocal, stride, even)
-                lanes_diagonal(<vec *> factor_q, <vec *> diagonal_q, stride, even)
-        fresh = group == first or not p.shared
-        lanes_load(<vec *> factor_p, p, group, last, n, stride, not fresh, type_tag)
-        if fresh:
-            if p.covariance:
-                lanes_cholesky(<vec *> factor_p, <vec *> t, stride, even)
-            lanes_diagonal(<vec *> factor_p, <vec *> diagonal_p, stride, even)
-        if q == NULL:
-            lanes_whiten_standard(<vec *> factor_p, <vec *> y, <vec *> squares, stride, even)
-        else:
-            lanes_whiten(<vec *> factor_p, <vec *> factor_q, <vec *> reciprocal, <vec *> y,
-                         <vec *> squares, stride, even)
-        lanes_diagonal(<vec *> y, <vec *> t, stride, even)
-        lanes_divergence(diagonal_p, diagonal_q, t, squares, even, kl)
-        for lane in range(min(<npy_intp> LANES, last - group)):
-            if not isfinite(kl[lane]):
-                status |= settle(&kl[lane], lanes_improper(diagonal_p, diagonal_q, lane, n),
-                                 p, q, group + lane, n, type_tag)
-            (<real *> (out + (group + lane) * out_outer))[0] = <real> kl[lane]
+    a.p = <vec *> aligned(memory)
+    a.q, a.y, a.reciprocal = a.p + square, a.p + 2 * square, a.p + 3 * square
+    memset(a.p, 0, 2 * square * sizeof(vec))
+    for i in range(even):
+        a.reciprocal[i] = ones()
+    if last - first < LANES:
+        for item in range(first, last):
+            one_p = alone(p, item)
+            if q != NULL:
+                one_q = alone(q, item)
+            lanes_group(&a, &one_p, NULL if q == NULL else &one_q, 0, True, stride, n, kl, type_tag)
+            status |= put(batch, item, 1, kl, p, q, n, type_tag)
+        item = last
+    while item < last:
+        item = min(item, last - LANES)  # the last group overlaps the one before
+        lanes_group(&a, p, q, item, item == first, stride, n, kl, type_tag)
+        status |= put(batch, item, <npy_intp> LANES, kl, p, q, n, type_tag)
+        item += LANES
     free(memory)
     return status
 
@@ -715,7 +709,7 @@ cdef inline int mvn_rows(const Batch *batch, npy_intp first, npy_intp last, bint
         other = &q
     if 0 < n <= SMALL:
         return small_rows(batch, first, last, &p, other, n, type_tag)
-    if n <= (LANES_FROM_COVARIANCES if cov_p or cov_q else LANES_FROM_FACTORS):
+    if n <= LANES_LIMIT:
         return lanes_rows(batch, first, last, &p, other, n, type_tag)
     return panels_rows(batch, first, last, &p, other, n, watch, type_tag)
 
@@ -729,7 +723,7 @@ cdef inline Plan plan_mvn(const Batch *batch, const Kernel *kernel) noexcept nog
     cdef bint shared = not kernel.options[2] and batch.outer[3] == 0
     plan.row_ns = 5 + n * (3 + n * (0.9 + (0.03 if covariances else 0.008) * n))
     plan.setup_ns = 0.4 * plan.row_ns if shared else 0.0
-    plan.group = LANES if n <= LANES_FROM_COVARIANCES else 1
+    plan.group = LANES if n <= LANES_LIMIT else 1
     plan.splits_rows = True
     return plan
 

@@ -26,8 +26,8 @@ from numpy cimport npy_intp
 from gufunc cimport (
     NO_MEMORY, Batch, Kernel, Plan, Watch, look_for_signals, omp_get_thread_num)
 from mvn cimport (
-    COLUMNS, LANES, LARGE, MOST_LANES, MOST_ROWS, ROWS, Panels, Side, aligned, cholesky, divergence,
-    lanes_cholesky, lanes_diagonal, lanes_divergence, lanes_improper,
+    COLUMNS, LANES, LANES_LIMIT, LARGE, MOST_LANES, MOST_ROWS, ROWS, Panels, Side, aligned,
+    cholesky, divergence, lanes_cholesky, lanes_diagonal, lanes_divergence, lanes_improper,
     lanes_reciprocals, lanes_whiten, lanes_whiten_standard, ones, panels_improper,
     panels_new, reciprocals, settle, side, solve, vec)
 from vecmath cimport real
@@ -89,7 +89,6 @@ cdef extern from "mvn_grad.h" nogil:
         const double *line, char *to, npy_intp step, double scale, npy_intp count, npy_intp n)
 
 cdef enum:
-    LANES_LIMIT = 24   # rows up to which items in lanes are faster than one by one
     TOGETHER = 8       # panels that are solved together
 
 # Bits of `wanted`, in the order of the arguments.

@@ -219,18 +219,19 @@ static inline float atanh_tail_f32(float s) {
     t = t * u + 0.6666671445606002f;
     return t * (u * s);
 }
-static inline double atanh_tail_f64(double s) {
-    double u = s * s;
-    double t = 0.13619066042830322;
-    t = t * u + 0.13208398002781363;
-    t = t * u + 0.1538893460259468;
-    t = t * u + 0.18181735949669697;
-    t = t * u + 0.22222223069772148;
-    t = t * u + 0.2857142856714695;
-    t = t * u + 0.4000000000000823;
-    t = t * u + 0.6666666666666666;
-    return t * (u * s);
-}
+#define ATANH_TAIL_F64(name, real)                                                               \
+    static inline real name(real s) {                                                            \
+        real u = s * s;                                                                          \
+        real t = u * 0.13619066042830322 + 0.13208398002781363;                                  \
+        t = t * u + 0.1538893460259468;                                                          \
+        t = t * u + 0.18181735949669697;                                                         \
+        t = t * u + 0.22222223069772148;                                                         \
+        t = t * u + 0.2857142856714695;                                                          \
+        t = t * u + 0.4000000000000823;                                                          \
+        t = t * u + 0.6666666666666666;                                                          \
+        return t * (u * s);                                                                      \
+    }
+ATANH_TAIL_F64(atanh_tail_f64, double)
 
 /* c - a*b rounded once. fma() is a library call where the processor has none: there, double for
  * float, and for double an error-free product. */
