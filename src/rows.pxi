@@ -454,27 +454,51 @@ cdef inline void add_exactly(double *sums, const double *terms, double *rests) n
         sums[lane] = two_sum(sums[lane], terms[lane], &rests[lane])
 
 
-cdef inline void rebase(LaneSums *sums, const double *shift, const double *peak,
-                        const double *beta, const double *new_shift,
-                        const double *new_peak) noexcept nogil:
+cdef inline void exp_lanes(const double *x, double *into) noexcept nogil:
+    cdef int lane
+    for lane in range(LANES):
+        into[lane] = any_exp(x[lane])
+
+
+cdef inline void phi_lanes(const double *x, double *into) noexcept nogil:
+    cdef int lane
+    for lane in range(LANES):
+        into[lane] = any_phi(x[lane])
+
+
+cdef void rebase(LaneSums *sums, const double *shift, const double *peak, const double *beta,
+                 const double *new_shift, const double *new_peak) noexcept nogil:
     """Make sums relative to another shift and peak."""
     cdef int lane
-    cdef double d, fall, factor, grown, mixed
+    cdef double mixed
+    cdef double d[LANES]
+    cdef double fall[LANES]
+    cdef double both[LANES]
+    cdef double factor[LANES]
+    cdef double grown[LANES]
+    cdef double between[LANES]
     for lane in range(LANES):
-        d = (new_shift[lane] - shift[lane]) * beta[lane]
-        fall = (peak[lane] - new_peak[lane]) * beta[lane]
-        factor, grown = any_exp(fall), any_exp(fall + d)
-        mixed = factor * any_phi(d) * sums.weight[lane] + (grown - factor) * sums.drift[lane]
+        d[lane] = (new_shift[lane] - shift[lane]) * beta[lane]
+        fall[lane] = (peak[lane] - new_peak[lane]) * beta[lane]
+        both[lane] = fall[lane] + d[lane]
+    exp_lanes(fall, factor)
+    exp_lanes(both, grown)
+    phi_lanes(d, between)
+    for lane in range(LANES):
+        mixed = factor[lane] * between[lane] * sums.weight[lane]
+        mixed += (grown[lane] - factor[lane]) * sums.drift[lane]
         mixed = mixed if sums.weight[lane] > 0 else 0
-        sums.divergence[lane] = grown * sums.divergence[lane] + mixed
-        sums.drift[lane] = factor * (sums.drift[lane] + d * sums.weight[lane])
-        sums.weight[lane] *= factor
+        sums.divergence[lane] = grown[lane] * sums.divergence[lane] + mixed
+        sums.drift[lane] = factor[lane] * (sums.drift[lane] + d[lane] * sums.weight[lane])
+        sums.weight[lane] *= factor[lane]
 
 
 cdef void add_shifted(LaneTotals *whole, const LaneParts *part) noexcept nogil:
     """Relative to the mean of the shifts, as `combine` does it."""
     cdef int lane
-    cdef double peak, share, other
+    cdef double peak, other
+    cdef double falls[2][LANES]
+    cdef double shares[2][LANES]
     cdef double new_shift[LANES]
     cdef double new_peak[LANES]
     cdef LaneSums added = part.sums
@@ -482,10 +506,13 @@ cdef void add_shifted(LaneTotals *whole, const LaneParts *part) noexcept nogil:
         peak = whole.peak[lane] if whole.sums.weight[lane] > 0 else -INFINITY
         peak = larger(peak, part.peak[lane] if added.weight[lane] > 0 else -INFINITY)
         new_peak[lane] = peak if peak > -INFINITY else 0
-        share = any_exp((whole.peak[lane] - new_peak[lane]) * part.beta[lane])
-        share *= whole.sums.weight[lane]
-        other = any_exp((part.peak[lane] - new_peak[lane]) * part.beta[lane]) * added.weight[lane]
-        other = other / (share + other) if other > 0 else 0
+        falls[0][lane] = (whole.peak[lane] - new_peak[lane]) * part.beta[lane]
+        falls[1][lane] = (part.peak[lane] - new_peak[lane]) * part.beta[lane]
+    exp_lanes(falls[0], shares[0])
+    exp_lanes(falls[1], shares[1])
+    for lane in range(LANES):
+        other = shares[1][lane] * added.weight[lane]
+        other = other / (shares[0][lane] * whole.sums.weight[lane] + other) if other > 0 else 0
         new_shift[lane] = whole.shift[lane] + other * (part.shift[lane] - whole.shift[lane])
     rebase(&whole.sums, whole.shift, whole.peak, part.beta, new_shift, new_peak)
     rebase(&added, part.shift, part.peak, part.beta, new_shift, new_peak)

@@ -18,7 +18,7 @@ from registry import IDS
 
 REGISTER = {"baseline": 16, "avx2": 32, "avx512": 64}  # bytes
 TERMS = 12  # arithmetic instructions of a loop that computes terms, at least
-PACKED_LOOPS = {"s": 25, "d": 70}  # at least so many of each real type
+PACKED_LOOPS = {"s": 25, "d": 80}  # at least so many of each real type
 # At most so many loops one element at a time: rows of bad or extreme values, operands that lie
 # apart, and normals whose sides give different things for the variance.
 SCALAR_LOOPS = {"s": 5, "d": 9}
