@@ -191,28 +191,23 @@ cdef inline bint lanes_improper(const double *x, const double *y, npy_intp lane,
 
 # ---- small: a kernel for each number of rows up to SMALL --------------------------------------
 
+cdef enum:
+    ALONE = 4  # status bit: results that are not finite are to be computed once more, alone
+
+
 cdef inline int put(const Batch *batch, npy_intp first, npy_intp count, const double *kl,
-                    const Side *p, const Side *q, npy_intp n,
-                    real type_tag) noexcept nogil:
-    """Write results of items side by side. Those that are not finite are computed once more, alone:
-    either the item is bad, or its numbers are out of the range of the formulas for lanes."""
-    cdef char *out = batch.operands[2 if q == NULL else 4]
-    cdef npy_intp outer = batch.outer[2 if q == NULL else 4], i
-    cdef Watch watch
-    cdef int status = 0
+                    bint standard_q, real type_tag) noexcept nogil:
+    """Write results of items side by side; where one is not finite, either the item is bad, or its
+    numbers are out of the range of the formulas for lanes."""
+    cdef char *out = batch.operands[2 if standard_q else 4]
+    cdef npy_intp outer = batch.outer[2 if standard_q else 4], i
     if outer == sizeof(real):
         for i in range(count):
             (<real *> out)[first + i] = <real> kl[i]
     else:
         for i in range(count):
             (<real *> (out + (first + i) * outer))[0] = <real> kl[i]
-    if all_finite(kl, count):
-        return 0
-    watch.threads, watch.stop, watch.next_look = 1, False, INFINITY
-    for i in range(count):
-        if not isfinite(kl[i]):
-            status |= panels_rows(batch, first + i, first + i + 1, p, q, n, &watch, type_tag)
-    return status
+    return 0 if all_finite(kl, count) else <int> ALONE
 
 
 cdef inline Side alone(const Side *s, npy_intp item) noexcept nogil:
@@ -246,13 +241,13 @@ cdef inline int small_rows(const Batch *batch, npy_intp first, npy_intp last, co
             if q != NULL:
                 one_q = alone(q, item)
             small_groups(&one_p, NULL if q == NULL else &one_q, 0, 1, &a, &b, True, kl, n, type_tag)
-            status |= put(batch, item, 1, kl, p, q, n, type_tag)
+            status |= put(batch, item, 1, kl, q == NULL, type_tag)
         return status
     while item < last:
         item = min(item, last - LANES)  # the last group overlaps the one before
         groups = min(<npy_intp> MOST_GROUPS, (last - item) // LANES)
         small_groups(p, q, item, groups, &a, &b, item == first, kl, n, type_tag)
-        status |= put(batch, item, groups * LANES, kl, p, q, n, type_tag)
+        status |= put(batch, item, groups * LANES, kl, q == NULL, type_tag)
         item += groups * LANES
     return status
 
@@ -291,12 +286,12 @@ cdef inline int lanes_rows(const Batch *batch, npy_intp first, npy_intp last, co
             if q != NULL:
                 one_q = alone(q, item)
             lanes_group(&a, &one_p, NULL if q == NULL else &one_q, 0, True, stride, n, kl, type_tag)
-            status |= put(batch, item, 1, kl, p, q, n, type_tag)
+            status |= put(batch, item, 1, kl, q == NULL, type_tag)
         item = last
     while item < last:
         item = min(item, last - LANES)  # the last group overlaps the one before
         lanes_group(&a, p, q, item, item == first, stride, n, kl, type_tag)
-        status |= put(batch, item, <npy_intp> LANES, kl, p, q, n, type_tag)
+        status |= put(batch, item, <npy_intp> LANES, kl, q == NULL, type_tag)
         item += LANES
     free(memory)
     return status
@@ -707,11 +702,21 @@ cdef inline int mvn_rows(const Batch *batch, npy_intp first, npy_intp last, bint
     if not standard_q:
         q = side(batch, 1, cov_q)
         other = &q
+    cdef char *out = batch.operands[2 if standard_q else 4]
+    cdef npy_intp outer = batch.outer[2 if standard_q else 4], count = 1
+    cdef int status = ALONE
     if 0 < n <= SMALL:
-        return small_rows(batch, first, last, &p, other, n, type_tag)
-    if n <= LANES_LIMIT:
-        return lanes_rows(batch, first, last, &p, other, n, type_tag)
-    return panels_rows(batch, first, last, &p, other, n, watch, type_tag)
+        status = small_rows(batch, first, last, &p, other, n, type_tag)
+    elif n <= LANES_LIMIT:
+        status = lanes_rows(batch, first, last, &p, other, n, type_tag)
+    else:
+        count = last - first
+    while status & ALONE and first < last:
+        if n > LANES_LIMIT or not isfinite((<real *> (out + first * outer))[0]):
+            status |= panels_rows(
+                batch, first, first + count, &p, other, n, watch, type_tag)
+        first += count
+    return status & ~ALONE
 
 
 # The kernel that the gufuncs carry.
