@@ -95,19 +95,23 @@ MVN_INLINE mvn_vec mvn_spread(const char *at, ptrdiff_t outer, int single) {
 /* The same of two elements that lie side by side; with AVX in three or four instructions a vector,
  * where a spread takes five. */
 #if defined(__AVX__)
+MVN_INLINE __m128d mvn_two_floats(const char *at) {
+    double both;
+    memcpy(&both, at, sizeof both);
+    return _mm_set_sd(both);
+}
 MVN_INLINE void mvn_four_pairs(const char *at, ptrdiff_t outer, __m256d *x, int single) {
-    const double *a = (const double *)at, *b = (const double *)(at + outer);
-    const double *c = (const double *)(at + 2 * outer), *d = (const double *)(at + 3 * outer);
+    const char *a = at, *b = at + outer, *c = at + 2 * outer, *d = at + 3 * outer;
     if (single) {
-        __m128 low = _mm_castpd_ps(_mm_loadh_pd(_mm_load_sd(a), b));
-        __m128 high = _mm_castpd_ps(_mm_loadh_pd(_mm_load_sd(c), d));
+        __m128 low = _mm_castpd_ps(_mm_unpacklo_pd(mvn_two_floats(a), mvn_two_floats(b)));
+        __m128 high = _mm_castpd_ps(_mm_unpacklo_pd(mvn_two_floats(c), mvn_two_floats(d)));
         x[0] = _mm256_cvtps_pd(_mm_shuffle_ps(low, high, 0x88));
         x[1] = _mm256_cvtps_pd(_mm_shuffle_ps(low, high, 0xdd));
     } else {
-        __m256d even = _mm256_castpd128_pd256(_mm_loadu_pd(a));
-        __m256d odd = _mm256_castpd128_pd256(_mm_loadu_pd(b));
-        even = _mm256_insertf128_pd(even, _mm_loadu_pd(c), 1);
-        odd = _mm256_insertf128_pd(odd, _mm_loadu_pd(d), 1);
+        __m256d even = _mm256_castpd128_pd256(_mm_loadu_pd((const double *)a));
+        __m256d odd = _mm256_castpd128_pd256(_mm_loadu_pd((const double *)b));
+        even = _mm256_insertf128_pd(even, _mm_loadu_pd((const double *)c), 1);
+        odd = _mm256_insertf128_pd(odd, _mm_loadu_pd((const double *)d), 1);
         x[0] = _mm256_unpacklo_pd(even, odd);
         x[1] = _mm256_unpackhi_pd(even, odd);
     }
