@@ -209,10 +209,17 @@ def call(gufunc: Any, operands: Sequence[Any], cores: Sequence[int], out: Any = 
         return gufunc(*operands)
     if max(np.ndim(x) - core for x, core in zip(operands, cores, strict=True)) < 2:
         return gufunc(*operands, out=out)
+    if all(np.ndim(x) == 0 or _is_like(x, operands[0]) for x in operands):
+        return gufunc(*operands, out=out)
     full = _broadcast(operands, cores)
     if all(_lies_as_one(x, core) for x, core in zip(full, cores, strict=True)):
         return gufunc(*operands, out=out)
     return _kernels.grid(gufunc)(*full, out=out)
+
+
+def _is_like(x: Any, first: Any) -> bool:
+    """Whether both are of one shape and without gaps, which most batches are."""
+    return bool(x.shape == first.shape and x.flags.c_contiguous)
 
 
 def _broadcast(operands: Sequence[Any], cores: Sequence[int]) -> list[NDArray[Any]]:
