@@ -99,15 +99,17 @@ cdef inline void load_block(const Row *row, npy_intp start, int n, real *buffer,
 
 # Parts of one row, each relative to a shift and a peak of its own.
 
-cdef inline double any_exp(double x) noexcept nogil:
-    """e^x, infinity beyond 700. 1 ulp."""
-    cdef double value = exp(larger(-700.0, smaller(x, 700.0)), 0.0)
-    return value if x < 700 else INFINITY
+cdef inline double exponent(double x, double y, double beta, double *rest) noexcept nogil:
+    """(x - y) beta in two parts: hundreds would cost their exponential hundreds of ulp."""
+    cdef double d_rest
+    cdef double d = difference(x, y, &d_rest)
+    return product(d, d_rest, beta, 0.0, rest)
 
 
-cdef inline double any_phi(double x) noexcept nogil:
-    """e^x - 1 - x, infinity beyond 700. 4 ulp."""
-    cdef double value = phi(larger(-700.0, smaller(x, 700.0)), 0.0)
+cdef inline double clamped_phi(double x, double rest) noexcept nogil:
+    """e^(x + rest) - 1 - x, infinity beyond 700. 4 ulp."""
+    cdef bint within = (x > -700) & (x < 700)
+    cdef double value = phi(larger(-700.0, smaller(x, 700.0)), rest if within else 0.0)
     value = value if x > -700 else -1 - x
     return value if x < 700 else INFINITY
 
@@ -115,8 +117,10 @@ cdef inline double any_phi(double x) noexcept nogil:
 cdef void add_part(Sums *into, const Sums *part, double beta) noexcept nogil:
     """Add a part, made relative to `into`'s shift and peak. With d the change of the shift,
         phi(y + d) = e^d phi(y) + phi(d) + (e^d - 1) y."""
-    cdef double d = (into.shift - part.shift) * beta, fall = (part.peak - into.peak) * beta
-    cdef double factor, grown, between
+    cdef double d_rest, fall_rest, factor, grown, between
+    cdef double d = exponent(into.shift, part.shift, beta, &d_rest)
+    cdef double fall = exponent(part.peak, into.peak, beta, &fall_rest)
+    cdef double both, both_rest = fall_rest + d_rest
     cdef Sums rounded
     cdef int i
     into.doubtful |= part.doubtful
@@ -129,11 +133,12 @@ cdef void add_part(Sums *into, const Sums *part, double beta) noexcept nogil:
         return
     rounded = part[0]
     round_off(&rounded)
-    factor, grown = any_exp(fall), any_exp(fall + d)
+    both = two_sum(fall, d, &both_rest)
+    factor, grown = clamped_exp(fall, fall_rest), clamped_exp(both, both_rest)
     if rounded.weight == 0:
         add(into, 0, grown * rounded.divergence, 0, 0)
         return
-    between = any_phi(d)
+    between = clamped_phi(d, d_rest)
     add(into, factor * rounded.weight, grown * rounded.divergence + (
             factor * between * rounded.weight + (grown - factor) * rounded.drift),
         factor * (rounded.drift + d * rounded.weight), 0)
@@ -155,7 +160,7 @@ cdef void combine(const Sums *parts, npy_intp n, double beta, Sums *whole) noexc
         if parts[i].weight > 0:
             share = parts[i].weight
             if parts[i].peak != whole.peak:
-                share *= any_exp((parts[i].peak - whole.peak) * beta)
+                share *= clamped_exp((parts[i].peak - whole.peak) * beta, 0.0)
             weight += share
             mean += share * (parts[i].shift - parts[0].shift)
     whole.shift = parts[0].shift + (mean / weight if weight > 0 else 0)
@@ -454,16 +459,16 @@ cdef inline void add_exactly(double *sums, const double *terms, double *rests) n
         sums[lane] = two_sum(sums[lane], terms[lane], &rests[lane])
 
 
-cdef inline void exp_lanes(const double *x, double *into) noexcept nogil:
+cdef inline void exp_lanes(const double *x, const double *rests, double *into) noexcept nogil:
     cdef int lane
     for lane in range(LANES):
-        into[lane] = any_exp(x[lane])
+        into[lane] = clamped_exp(x[lane], rests[lane])
 
 
-cdef inline void phi_lanes(const double *x, double *into) noexcept nogil:
+cdef inline void phi_lanes(const double *x, const double *rests, double *into) noexcept nogil:
     cdef int lane
     for lane in range(LANES):
-        into[lane] = any_phi(x[lane])
+        into[lane] = clamped_phi(x[lane], rests[lane])
 
 
 cdef void rebase(LaneSums *sums, const double *shift, const double *peak, const double *beta,
@@ -472,18 +477,22 @@ cdef void rebase(LaneSums *sums, const double *shift, const double *peak, const 
     cdef int lane
     cdef double mixed
     cdef double d[LANES]
+    cdef double d_rest[LANES]
     cdef double fall[LANES]
+    cdef double fall_rest[LANES]
     cdef double both[LANES]
+    cdef double both_rest[LANES]
     cdef double factor[LANES]
     cdef double grown[LANES]
     cdef double between[LANES]
     for lane in range(LANES):
-        d[lane] = (new_shift[lane] - shift[lane]) * beta[lane]
-        fall[lane] = (peak[lane] - new_peak[lane]) * beta[lane]
-        both[lane] = fall[lane] + d[lane]
-    exp_lanes(fall, factor)
-    exp_lanes(both, grown)
-    phi_lanes(d, between)
+        d[lane] = exponent(new_shift[lane], shift[lane], beta[lane], &d_rest[lane])
+        fall[lane] = exponent(peak[lane], new_peak[lane], beta[lane], &fall_rest[lane])
+        both_rest[lane] = fall_rest[lane] + d_rest[lane]
+        both[lane] = two_sum(fall[lane], d[lane], &both_rest[lane])
+    exp_lanes(fall, fall_rest, factor)
+    exp_lanes(both, both_rest, grown)
+    phi_lanes(d, d_rest, between)
     for lane in range(LANES):
         mixed = factor[lane] * between[lane] * sums.weight[lane]
         mixed += (grown[lane] - factor[lane]) * sums.drift[lane]
@@ -497,19 +506,21 @@ cdef void add_shifted(LaneTotals *whole, const LaneParts *part) noexcept nogil:
     """Relative to the mean of the shifts, as `combine` does it."""
     cdef int lane
     cdef double peak, other
+    cdef double zeros[LANES]
     cdef double falls[2][LANES]
     cdef double shares[2][LANES]
     cdef double new_shift[LANES]
     cdef double new_peak[LANES]
     cdef LaneSums added = part.sums
+    fill(zeros, 0.0)
     for lane in range(LANES):
         peak = whole.peak[lane] if whole.sums.weight[lane] > 0 else -INFINITY
         peak = larger(peak, part.peak[lane] if added.weight[lane] > 0 else -INFINITY)
         new_peak[lane] = peak if peak > -INFINITY else 0
         falls[0][lane] = (whole.peak[lane] - new_peak[lane]) * part.beta[lane]
         falls[1][lane] = (part.peak[lane] - new_peak[lane]) * part.beta[lane]
-    exp_lanes(falls[0], shares[0])
-    exp_lanes(falls[1], shares[1])
+    exp_lanes(falls[0], zeros, shares[0])
+    exp_lanes(falls[1], zeros, shares[1])
     for lane in range(LANES):
         other = shares[1][lane] * added.weight[lane]
         other = other / (shares[0][lane] * whole.sums.weight[lane] + other) if other > 0 else 0

@@ -127,6 +127,34 @@ def test_wide_logits(scale, size, dtype):
     check_logits(a, b, dtype)
 
 
+PARTS = {  # what differs from part to part of a row
+    "nothing": lambda a, b, ramp: (a, b),
+    "peaks": lambda a, b, ramp: (a + 900 * ramp, b + 900 * ramp),
+    "shifts": lambda a, b, ramp: (a, b + 30 * ramp),
+    "P in the last": lambda a, b, ramp: (a + 200 * (ramp > 0.75), b),
+    "peaks and shifts": lambda a, b, ramp: (a - 2000 * ramp, b - 1990 * ramp),
+    "no weight in P": lambda a, b, ramp: (np.where(ramp < 0.25, -np.inf, a), b),
+    "a mask": lambda a, b, ramp: tuple(np.where(ramp < 0.25, -np.inf, x) for x in (a, b)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 2.5])
+@pytest.mark.parametrize(("rows", "size", "axis"), [(70, 500, 0), (3, 9000, 1)])
+@pytest.mark.parametrize("parts", PARTS)
+def test_parts_that_differ(parts, rows, size, axis, temperature, dtype):
+    """Columns of more than one strip, rows of more than one block."""
+    rng = np.random.default_rng(0)
+    a = 2 * rng.normal(size=(rows, size))
+    b = a + 0.7 * rng.normal(size=a.shape)
+    a, b = (x.astype(dtype) for x in PARTS[parts](a, b, np.linspace(0, 1, size)))
+    arrays = (np.ascontiguousarray(np.moveaxis(x, -1, axis)) for x in (a, b))
+    got = klfast.kl_categorical(*arrays, axis=axis, temperature=temperature)
+    few = slice(0, None, 7)
+    want, scale = oracle.kl_categorical(a[few], b[few], temperature=temperature)
+    assert_close(got[few], want, scale, ROWS[dtype], {"logits_p": a[few], "logits_q": b[few]})
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [2, 31, 1000])
 @pytest.mark.parametrize("normalize", [True, False])

@@ -353,28 +353,3 @@ def test_columns_side_by_side(name, columns, size, dtype):
     double = {key: x.astype(np.float64) for key, x in arrays.items()}
     want = np.delete(function(**double, **entry.options), 7)
     assert_close(np.delete(got, 7), want, want, ROWS[dtype], {})
-
-
-STRIPS = {  # what differs from strip to strip of the elements of a column
-    "nothing": lambda a, b, ramp: (a, b),
-    "peaks": lambda a, b, ramp: (a + 900 * ramp, b + 900 * ramp),
-    "shifts": lambda a, b, ramp: (a, b + 30 * ramp),
-    "both": lambda a, b, ramp: (a - 2000 * ramp, b - 1990 * ramp),
-    "no weight in P": lambda a, b, ramp: (np.where(ramp < 0.25, -np.inf, a), b),
-    "a mask": lambda a, b, ramp: tuple(np.where(ramp < 0.25, -np.inf, x) for x in (a, b)),
-}
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("temperature", [1.0, 0.3, 2.5])
-@pytest.mark.parametrize("strips", STRIPS)
-def test_strips_that_differ(strips, temperature, dtype):
-    """Columns of more than one strip, beside rows of float64."""
-    rng = np.random.default_rng(0)
-    a = 2 * rng.normal(size=(500, 70))
-    b = a + 0.7 * rng.normal(size=a.shape)
-    a, b = (x.astype(dtype) for x in STRIPS[strips](a, b, np.linspace(0, 1, 500)[:, None]))
-    got = klfast.kl_categorical(a, b, axis=0, temperature=temperature)
-    rows = (np.ascontiguousarray(x.T.astype(np.float64)) for x in (a, b))
-    want = klfast.kl_categorical(*rows, temperature=temperature)
-    assert_close(got, want, want, 2 * ROWS[dtype], {"logits_p": a.T, "logits_q": b.T})
