@@ -260,6 +260,7 @@ cdef void sum_group(Group *group, real *buffer, const real **x, npy_intp *step) 
     fill(before, <double> -1)
     begin_parts(&group.parts)
     load_strip(&group.rows, 0, <int> row.length, buffer, x, step)
+    clear_lanes(&group.parts.sums)
     columns(row, x, step, <int> row.length, &group.parts)
     finish_lanes(row, &group.parts, group.values, group.conditions)
     for attempt in range(2):

@@ -10,7 +10,9 @@ then in double, then by the family's `hard_value`.
 """
 
 from numpy cimport npy_intp
-from gufunc cimport INVALID, Batch, Kernel, Plan, Watch, look_for_signals, parallel_for
+from gufunc cimport (
+    INVALID, Batch, Kernel, Plan, Watch, look_for_signals, parallel_for, thread_limit,
+)
 from sums cimport (
     BLOCK, LANES, MAX_OPERANDS, NARROW_STRIP, SHORT_ROW, STRIP, Family, Format, LaneParts, LaneSums,
     Row, Sums, Trait, add, clear, clear_lanes, conditioning, copy, divergence_of, fill, least,
@@ -434,8 +436,7 @@ cdef void load_strip(const Rows *rows, npy_intp start, int n, real *buffer, cons
 
 cdef void columns(const Row *row, const real **x, const npy_intp *step, int n,
                   LaneParts *into) noexcept nogil:
-    """The sums of n columns."""
-    clear_lanes(&into.sums)
+    """Add n columns."""
     if row.family == Family.NORMAL:
         normal_columns(x, step, n, row, into)
     elif row.family == Family.DISCRETE:
@@ -575,6 +576,7 @@ cdef void sum_strips(const Rows *rows, real *buffer, LaneParts *parts) noexcept 
     while start < row.length:
         n = strip_length(rows, start)
         load_strip(rows, start, n, buffer, x, step)
+        clear_lanes(&parts.sums)
         columns(row, x, step, n, parts)
         add_strip(&whole, parts, start == 0, row.family == Family.CATEGORICAL)
         start += n
@@ -616,6 +618,7 @@ cdef void sum_rows(const Rows *rows, real *buffer, const real **x, const npy_int
                    LaneParts *parts) noexcept nogil:
     """The sums of LANES rows; their first strip is loaded."""
     if rows.first.length <= rows.strip:
+        clear_lanes(&parts.sums)
         columns(&rows.first, x, step, <int> rows.first.length, parts)
     else:
         sum_strips(rows, buffer, parts)
@@ -684,80 +687,89 @@ cdef void rows_side_by_side(const Rows *rows, LaneParts *parts, double *values,
 
 # Bands of columns: rows whose elements lie far apart, each next to its neighbour's. Lines of the
 # cache a power of two apart evict each other: strips of BAND_BYTES of neighbouring rows are copied
-# first. Wider ones are no faster, nor is asking for the next strip in advance.
+# first.
 
 cdef enum:
-    BAND_BYTES = 256
-    MAX_GROUPS = 8             # of LANES rows in a band
+    BAND_BYTES = 512
+    MAX_GROUPS = BAND_BYTES / 4 / LANES      # of LANES rows
+
+ctypedef struct Band:
+    Row row                                  # the first
+    int groups
+    bint wanted[MAX_GROUPS]
+    LaneParts parts[MAX_GROUPS]
+    LaneTotals whole[MAX_GROUPS]
 
 
 cdef inline int band_width(real of_type) noexcept nogil:
     return BAND_BYTES / sizeof(real)
 
 
-cdef inline void copy_line(const real *x, real *into) noexcept nogil:
-    cdef int i
-    for i in range(BAND_BYTES / sizeof(real)):
-        into[i] = x[i]
-
-
-cdef void load_band(const Row *row, npy_intp start, int n, real *buffer,
+cdef void load_band(const Band *band, npy_intp start, int n, real *buffer,
                     const real **x) noexcept nogil:
-    cdef int operand, i
-    cdef const char *data
+    """Lines of all operands in turn: memory delivers more of several streams."""
+    cdef const Row *row = &band.row
+    cdef int operand, i, group, width = band.groups * LANES
+    cdef const real *line
     for operand in range(row.n_operands):
-        data = row.data[operand] + start * row.step[operand]
-        x[operand] = buffer
-        for i in range(n):
-            copy_line(<const real *> (data + i * row.step[operand]), buffer)
-            buffer += band_width(buffer[0])
+        x[operand] = buffer + operand * n * width
+    for i in range(n):
+        for operand in range(row.n_operands):
+            line = <const real *> (row.data[operand] + (start + i) * row.step[operand])
+            for group in range(band.groups):
+                copy(line + group * LANES, buffer + (operand * n + i) * width + group * LANES)
 
 
-cdef void sum_band(const Row *row, int wanted, real *buffer, LaneParts *parts) noexcept nogil:
-    """The sums of a band's rows; bit i of `wanted`: of the group i."""
+cdef void sum_band(Band *band, real of_type) noexcept nogil:
+    """The sums of the groups that are wanted."""
+    cdef double space[MAX_OPERANDS * STRIP * BAND_BYTES / 8]
     cdef const real *x[MAX_OPERANDS]
     cdef const real *at[MAX_OPERANDS]
     cdef npy_intp step[MAX_OPERANDS]
     cdef npy_intp start = 0
-    cdef int n, group, operand, groups = band_width(buffer[0]) // LANES
-    cdef LaneTotals whole[MAX_GROUPS]
-    for operand in range(row.n_operands):
-        step[operand] = band_width(buffer[0])
-    while start < row.length:
-        n = <int> min(<npy_intp> STRIP, row.length - start)
-        load_band(row, start, n, buffer, x)
-        for group in range(groups):
-            if not wanted >> group & 1:
+    cdef int n, group, operand
+    for operand in range(band.row.n_operands):
+        step[operand] = band.groups * LANES
+    while start < band.row.length:
+        n = <int> min(<npy_intp> STRIP, band.row.length - start)
+        load_band(band, start, n, <real *> space, x)
+        for group in range(band.groups):
+            if not band.wanted[group]:
                 continue
-            for operand in range(row.n_operands):
+            for operand in range(band.row.n_operands):
                 at[operand] = x[operand] + group * LANES
-            columns(row, at, step, n, &parts[group])
-            add_strip(&whole[group], &parts[group], start == 0, row.family == Family.CATEGORICAL)
+            clear_lanes(&band.parts[group].sums)
+            columns(&band.row, at, step, n, &band.parts[group])
+            add_strip(&band.whole[group], &band.parts[group], start == 0,
+                      band.row.family == Family.CATEGORICAL)
         start += n
-    for group in range(groups):
-        if wanted >> group & 1:
-            take_whole(&whole[group], &parts[group])
+    for group in range(band.groups):
+        if band.wanted[group]:
+            take_whole(&band.whole[group], &band.parts[group])
 
 
-cdef void band_of_rows(const Row *row, LaneParts *parts, double *values, double *conditions,
+cdef void band_of_rows(Band *band, double *values, double *conditions,
                        real of_type) noexcept nogil:
     """As rows_side_by_side, for a band."""
-    cdef double space[MAX_OPERANDS * STRIP * BAND_BYTES / 8]
-    cdef real *buffer = <real *> space
-    cdef int group, groups = band_width(of_type) // LANES, bad = 0
-    for group in range(groups):
-        begin_parts(&parts[group])
-    sum_band(row, (1 << groups) - 1, buffer, parts)
-    for group in range(groups):
-        finish_lanes(row, &parts[group], values + group * LANES, conditions + group * LANES)
-        if can_refine(row) and not all_good(conditions + group * LANES):
-            choose_ratios(&parts[group], conditions + group * LANES)
-            bad |= 1 << group
-    if bad:
-        sum_band(row, bad, buffer, parts)
-    for group in range(groups):
-        if bad >> group & 1:
-            finish_again(row, &parts[group], values + group * LANES, conditions + group * LANES)
+    cdef const Row *row = &band.row
+    cdef int group
+    cdef bint refine = False
+    for group in range(band.groups):
+        begin_parts(&band.parts[group])
+        band.wanted[group] = True
+    sum_band(band, of_type)
+    for group in range(band.groups):
+        finish_lanes(row, &band.parts[group], values + group * LANES, conditions + group * LANES)
+        band.wanted[group] = can_refine(row) and not all_good(conditions + group * LANES)
+        if band.wanted[group]:
+            choose_ratios(&band.parts[group], conditions + group * LANES)
+            refine = True
+    if refine:
+        sum_band(band, of_type)
+    for group in range(band.groups):
+        if band.wanted[group]:
+            finish_again(
+                row, &band.parts[group], values + group * LANES, conditions + group * LANES)
 
 
 # The kernel that the gufuncs carry.
@@ -805,6 +817,12 @@ cdef bint across_rows(const Batch *batch, const Kernel *kernel) noexcept nogil:
         batch.n >= LANES and batch.outer[0] == size and batch.inner[0] != size)
 
 
+cdef inline npy_intp rows_together(const Batch *batch, const Kernel *kernel) noexcept nogil:
+    """Of a task: bands as wide as leaves some for each thread."""
+    cdef npy_intp share = batch.n // thread_limit(), few = 8 * LANES
+    return max(few, min(share, <npy_intp> band_width(<float> 0)) // LANES * LANES)
+
+
 cdef Plan plan_rows(const Batch *batch, const Kernel *kernel) noexcept nogil:
     cdef Plan plan
     cdef double element_ns = 0.7 if kernel.options[0] == Format.FLOAT64 else 0.4
@@ -812,7 +830,7 @@ cdef Plan plan_rows(const Batch *batch, const Kernel *kernel) noexcept nogil:
         element_ns *= 2
     plan.row_ns = 20 + batch.core[0] * element_ns
     plan.setup_ns = 0
-    plan.group = BAND_BYTES / 4 if across_rows(batch, kernel) else 1
+    plan.group = rows_together(batch, kernel) if across_rows(batch, kernel) else 1
     plan.splits_rows = plan.group == 1
     return plan
 
@@ -839,7 +857,7 @@ cdef inline void store_lanes(char *at, npy_intp outer, int n, int format,
 cdef inline bint in_bands(const Batch *batch, const Kernel *kernel, real of_type) noexcept nogil:
     """Whether all operands' rows are neighbouring columns, enough for a band."""
     cdef int operand
-    if batch.n < band_width(of_type) or kernel.options[0] != native_format(of_type):
+    if batch.n < LANES or kernel.options[0] != native_format(of_type):
         return False
     for operand in range(4 if kernel.family == Family.NORMAL else 2):
         if batch.outer[operand] != sizeof(real):
@@ -946,22 +964,24 @@ cdef inline int rows_in_groups(const Batch *batch, npy_intp first, npy_intp last
 
 cdef int rows_in_bands(const Batch *batch, npy_intp first, npy_intp last, const Kernel *kernel,
                        Watch *watch, real of_type) noexcept nogil:
-    cdef int status = 0, group, width = band_width(of_type)
-    cdef Row row = row_at(batch, first, kernel)
-    cdef LaneParts parts[MAX_GROUPS]
+    cdef int status = 0, group
+    cdef Band band
     cdef double values[MAX_GROUPS * LANES]
     cdef double conditions[MAX_GROUPS * LANES]
+    band.row = row_at(batch, first, kernel)
     while first < last:
-        first = min(first, batch.n - width)  # whole bands: some rows are computed twice
-        point_at(&row, batch, first)
-        for group in range(width // LANES):
-            set_betas(batch, first + group * LANES, LANES, kernel, &parts[group])
-        band_of_rows(&row, parts, values, conditions, of_type)
-        for group in range(width // LANES):
+        band.groups = <int> min(last - first, <npy_intp> band_width(of_type)) // LANES
+        if band.groups == 0:
+            band.groups, first = 1, last - LANES  # some rows are computed twice
+        point_at(&band.row, batch, first)
+        for group in range(band.groups):
+            set_betas(batch, first + group * LANES, LANES, kernel, &band.parts[group])
+        band_of_rows(&band, values, conditions, of_type)
+        for group in range(band.groups):
             status |= finish_group(
                 batch, first + group * LANES, LANES, kernel, watch, values + group * LANES,
                 conditions + group * LANES, of_type)
-        first += width
+        first += band.groups * LANES
     return status
 
 
