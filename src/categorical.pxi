@@ -14,6 +14,7 @@ An exponent that is rounded to half an ulp costs e^x a relative error of |x| eps
 plainest, the first that is good enough for a block:
     near    T = 1, |a| < 40 (float64: 300), |y| < 0.34: phi is its series;
     plain   T = 1, |a| as before, |y| < 16: exponents are exact, or small;
+    unit    as exact, with the weights of plain: T = 1, so that its product is left out;
     exact   exponents in two parts, of any temperature and offset, while e^x and e^y are normal;
     far     infinite or far apart: the same terms as e^(b+c) - e^a - e^a y.
 e^a has the same bits in each. Near and plain, y = c - (a - b) is right to eps (|c| + |y|): it needs
@@ -35,6 +36,7 @@ from vecmath cimport (
 cdef enum Loop:
     NEAR
     PLAIN
+    UNIT
     EXACT
     FAR
     APART    # gradients: e^b too is a normal number, and P and Q are far from each other
@@ -255,9 +257,11 @@ cdef inline void diverge_run(int loop, bint offset, const real *a, const real *b
             if loop == Loop.FAR:
                 term = far_term(x, z, p, constants, lane, &y, &unbounded[lane])
                 term = term if lane >= first else <real> 0
-            elif loop == Loop.EXACT:
+            elif loop >= Loop.UNIT:
                 y = gap(x, z, constants[SHIFT + lane], &y_rest)
-                y = product(y, y_rest, constants[BETA + lane], constants[BETA_REST + lane], &y_rest)
+                if loop == Loop.EXACT:
+                    y = product(
+                        y, y_rest, constants[BETA + lane], constants[BETA_REST + lane], &y_rest)
                 term = p * phi(y, y_rest)
             else:
                 if offset:
@@ -309,7 +313,9 @@ cdef inline int second_loop(int first, double farthest, real of_type) noexcept n
         return Loop.NEAR
     if first == Loop.PLAIN and farthest < FARTHEST_PLAIN:
         return Loop.PLAIN
-    return Loop.EXACT if first <= Loop.EXACT and farthest < safe_exponent(of_type) else Loop.FAR
+    if first <= Loop.EXACT and farthest < safe_exponent(of_type):
+        return Loop.UNIT if first == Loop.PLAIN else Loop.EXACT
+    return Loop.FAR
 
 
 cdef inline bint is_offset(double shift, double weight, double square) noexcept nogil:
@@ -359,6 +365,8 @@ cdef void diverge_loop(int loop, bint offset, const real *a, const real *b, npy_
         diverge(Loop.PLAIN, True, a, b, step_a, step_b, n, 0, weights, constants, infinite, into)
     elif loop == Loop.PLAIN:
         diverge(Loop.PLAIN, False, a, b, step_a, step_b, n, 0, weights, constants, infinite, into)
+    elif loop == Loop.UNIT:
+        diverge(Loop.UNIT, True, a, b, step_a, step_b, n, 0, weights, constants, infinite, into)
     elif loop == Loop.EXACT:
         diverge(Loop.EXACT, True, a, b, step_a, step_b, n, 0, weights, constants, infinite, into)
     else:
@@ -520,7 +528,7 @@ cdef int weigh_columns(const real **x, const npy_intp *step, int n, int *loops, 
 cdef inline int column_loop(int first, double farthest, real of_type) noexcept nogil:
     """As `second_loop`; the plain loop saves less than a loop more for some of the rows costs."""
     cdef int loop = second_loop(first, farthest, of_type)
-    return Loop.EXACT if loop == Loop.PLAIN else loop
+    return Loop.UNIT if loop == Loop.PLAIN else loop
 
 
 cdef inline int common_loop(int first, const double *farthest, real of_type) noexcept nogil:

@@ -373,8 +373,8 @@ cdef inline int gradients_in_groups(const Batch *batch, npy_intp first, npy_intp
         group.rows.outer[operand] = batch.outer[operand]
     while first < last:
         row = row_at(batch, first, kernel)
-        group.rows.first, group.rows.strip = row, NARROW_STRIP
-        group.rows.used = <int> min(<npy_intp> LANES, last - first)
+        group.rows.first = row
+        choose_layout(&group.rows, <int> min(<npy_intp> LANES, last - first), of_type)
         for lane in range(LANES):
             memset(&group.slopes[lane], 0, sizeof(Slope))
             group.slopes[lane].weight = 1

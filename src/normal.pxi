@@ -15,9 +15,8 @@ from gufunc cimport Watch, is_unwanted
 from libc.math cimport exp as libm_exp, expm1 as libm_expm1, fabs, log
 from numpy cimport npy_intp
 from sums cimport (
-    LANES, LONGEST_RUN, LaneParts, LaneSums, Row, Sums, Trait, across, add, clear_lanes, copy, element,
-    fill, fold, keep_from,
-    run_length,
+    LANES, LONGEST_RUN, SHORT_ROW, LaneParts, LaneSums, Row, Sums, Trait, across, add, clear_lanes,
+    copy, element, fill, fold, keep_from, largest, run_length,
 )
 from vecmath cimport (
     INFINITY, NAN, atanh_tail, exp, exp_pair_f64, expm1, larger, match_exponent, phi, ratio_log,
@@ -45,11 +44,20 @@ cdef inline real variance_of(real x, int spread, real *rest) noexcept nogil:
     return variance
 
 
-cdef inline void log_variance_run(const real **at, const npy_intp *step, int n, real *run,
-                                  real *doubts) noexcept nogil:
-    """Add n terms, twice, of each lane."""
+cdef inline void take_terms(bint keep, const real *term, real *terms, real *run) noexcept nogil:
+    """Add up one of each lane, or keep them."""
+    if keep:
+        copy(term, terms)
+    else:
+        fold(term, run)
+
+
+cdef inline void log_variance_run(bint keep, const real **at, const npy_intp *step, int n,
+                                  real *terms, real *run, real *doubts) noexcept nogil:
+    """Take n terms, twice, of each lane."""
     cdef int lane, i
     cdef real x, s_q, mean, doubt
+    cdef real term[LANES]
     cdef const real *loc_p = at[0]
     cdef const real *spread_of_p = at[1]
     cdef const real *loc_q = at[2]
@@ -63,7 +71,8 @@ cdef inline void log_variance_run(const real **at, const npy_intp *step, int n, 
             x = spread_of_p[i * step_1 + lane] - s_q
             doubt = larger(larger(x, -x), larger(s_q, -s_q)) - highest
             doubts[lane] = doubts[lane] if doubt <= 0 else one  # NaN is in doubt
-            run[lane] += phi(x, <real> 0) + mean * mean * exp(-s_q, <real> 0)
+            term[lane] = phi(x, <real> 0) + mean * mean * exp(-s_q, <real> 0)
+        take_terms(keep, term, terms + i * LANES, run)
 
 
 cdef inline void normal_factors(const real **at, const npy_intp *step, int n, int spread_p,
@@ -109,11 +118,12 @@ cdef inline void normal_factors(const real **at, const npy_intp *step, int n, in
                 rest[k] = (grown[k] - e_ln2) + mean * mean * (ratio * power)
 
 
-cdef inline void ratio_run(const real **at, const npy_intp *step, int n, int spread_p, int spread_q,
-                           real *run, real *doubts) noexcept nogil:
-    """Add n terms, twice, of each lane; two loops are faster than one, as in discrete_run."""
+cdef inline void ratio_run(bint keep, const real **at, const npy_intp *step, int n, int spread_p,
+                           int spread_q, real *terms, real *run, real *doubts) noexcept nogil:
+    """Take n terms, twice, of each lane; two loops are faster than one, as in discrete_run."""
     cdef int lane, i, k
     cdef real two = 2
+    cdef real term[LANES]
     cdef real s[LONGEST_RUN * LANES]
     cdef real grown[LONGEST_RUN * LANES]
     cdef real factor[LONGEST_RUN * LANES]
@@ -123,65 +133,78 @@ cdef inline void ratio_run(const real **at, const npy_intp *step, int n, int spr
         for lane in range(LANES):
             k = i * LANES + lane
             if spread_p == Spread.SCALE and spread_q == Spread.SCALE:
-                run[lane] += factor[k] * (grown[k] + s[k] * (two - s[k])) + (
+                term[lane] = factor[k] * (grown[k] + s[k] * (two - s[k])) + (
                     rest[k] - two * atanh_tail(s[k]))
             else:
-                run[lane] += factor[k] * (grown[k] + s[k]) + (rest[k] - atanh_tail(s[k]))
+                term[lane] = factor[k] * (grown[k] + s[k]) + (rest[k] - atanh_tail(s[k]))
+        take_terms(keep, term, terms + i * LANES, run)
+
+
+cdef inline void take_run(bint keep, const real **at, const npy_intp *step, int n, int spread_p,
+                          int spread_q, real *terms, real *run, real *doubts) noexcept nogil:
+    if spread_p == Spread.LOG_VARIANCE and spread_q == Spread.LOG_VARIANCE:
+        log_variance_run(keep, at, step, n, terms, run, doubts)
+    else:
+        ratio_run(keep, at, step, n, spread_p, spread_q, terms, run, doubts)
 
 
 cdef inline void normal_run(const real **at, const npy_intp *step, int n, int first, int spread_p,
-                            int spread_q, real *doubts_so_far, LaneSums *into) noexcept nogil:
-    """Add n terms, twice, of each of the lanes first..LANES-1."""
+                            int spread_q, real *terms, real *doubts_so_far,
+                            LaneSums *into) noexcept nogil:
+    """Add n terms, twice, of each of the lanes first..LANES-1, or keep them, unless `terms` is
+    NULL."""
     cdef real run[LANES]
     cdef real doubts[LANES]
     copy(doubts_so_far, doubts)
     fill(run, <real> 0)
-    if spread_p == Spread.LOG_VARIANCE and spread_q == Spread.LOG_VARIANCE:
-        log_variance_run(at, step, n, run, doubts)
+    if terms != NULL:
+        take_run(True, at, step, n, spread_p, spread_q, terms, run, doubts)
     else:
-        ratio_run(at, step, n, spread_p, spread_q, run, doubts)
+        take_run(False, at, step, n, spread_p, spread_q, terms, run, doubts)
     copy(doubts, doubts_so_far)
     keep_from(first, run)
     fold(run, into.divergence)
 
 
 cdef inline void normal_runs(const real **x, const npy_intp *step, int n, int first, int spread_p,
-                             int spread_q, real *doubts, LaneSums *into) noexcept nogil:
+                             int spread_q, real *terms, real *doubts,
+                             LaneSums *into) noexcept nogil:
     cdef const real *at[4]
     cdef int operand, length
     for operand in range(4):
         at[operand] = x[operand]
     while n > 0:
         length = run_length(n, 1, <real> 0)
-        normal_run(at, step, length, first, spread_p, spread_q, doubts, into)
+        normal_run(at, step, length, first, spread_p, spread_q, terms, doubts, into)
         for operand in range(4):
             at[operand] += length * step[operand]
+        terms = terms + length * LANES if terms != NULL else NULL
         n -= length
 
 
 cdef void normal_loop(const real **x, const npy_intp *step, int n, int first, const Row *row,
-                      real *doubts, LaneSums *into) noexcept nogil:
+                      real *terms, real *doubts, LaneSums *into) noexcept nogil:
     """Every pair of parametrisations has a loop of its own; mixed ones only in double."""
     cdef int p = row.spread_p, q = row.spread_q
     if p == Spread.SCALE and q == Spread.SCALE:
-        normal_runs(x, step, n, first, Spread.SCALE, Spread.SCALE, doubts, into)
+        normal_runs(x, step, n, first, Spread.SCALE, Spread.SCALE, terms, doubts, into)
     elif p == Spread.VARIANCE and q == Spread.VARIANCE:
-        normal_runs(x, step, n, first, Spread.VARIANCE, Spread.VARIANCE, doubts, into)
+        normal_runs(x, step, n, first, Spread.VARIANCE, Spread.VARIANCE, terms, doubts, into)
     elif p == Spread.LOG_VARIANCE and q == Spread.LOG_VARIANCE:
-        normal_runs(x, step, n, first, Spread.LOG_VARIANCE, Spread.LOG_VARIANCE, doubts, into)
+        normal_runs(x, step, n, first, Spread.LOG_VARIANCE, Spread.LOG_VARIANCE, terms, doubts, into)
     elif real is double:
         if p == Spread.SCALE and q == Spread.VARIANCE:
-            normal_runs(x, step, n, first, Spread.SCALE, Spread.VARIANCE, doubts, into)
+            normal_runs(x, step, n, first, Spread.SCALE, Spread.VARIANCE, terms, doubts, into)
         elif p == Spread.SCALE:
-            normal_runs(x, step, n, first, Spread.SCALE, Spread.LOG_VARIANCE, doubts, into)
+            normal_runs(x, step, n, first, Spread.SCALE, Spread.LOG_VARIANCE, terms, doubts, into)
         elif p == Spread.VARIANCE and q == Spread.SCALE:
-            normal_runs(x, step, n, first, Spread.VARIANCE, Spread.SCALE, doubts, into)
+            normal_runs(x, step, n, first, Spread.VARIANCE, Spread.SCALE, terms, doubts, into)
         elif p == Spread.VARIANCE:
-            normal_runs(x, step, n, first, Spread.VARIANCE, Spread.LOG_VARIANCE, doubts, into)
+            normal_runs(x, step, n, first, Spread.VARIANCE, Spread.LOG_VARIANCE, terms, doubts, into)
         elif q == Spread.SCALE:
-            normal_runs(x, step, n, first, Spread.LOG_VARIANCE, Spread.SCALE, doubts, into)
+            normal_runs(x, step, n, first, Spread.LOG_VARIANCE, Spread.SCALE, terms, doubts, into)
         else:
-            normal_runs(x, step, n, first, Spread.LOG_VARIANCE, Spread.VARIANCE, doubts, into)
+            normal_runs(x, step, n, first, Spread.LOG_VARIANCE, Spread.VARIANCE, terms, doubts, into)
 
 
 cdef void normal_block(const real **x, int n, const Row *row, Sums *into) noexcept nogil:
@@ -197,9 +220,9 @@ cdef void normal_block(const real **x, int n, const Row *row, Sums *into) noexce
         doubts[lane] = 0
     for operand in range(4):
         step[operand], last[operand] = LANES, x[operand] + n - LANES
-    normal_loop(x, step, n // LANES, 0, row, doubts, &lanes)
+    normal_loop(x, step, n // LANES, 0, row, NULL, doubts, &lanes)
     if n % LANES:
-        normal_loop(last, step, 1, LANES - n % LANES, row, doubts, &lanes)
+        normal_loop(last, step, 1, LANES - n % LANES, row, NULL, doubts, &lanes)
     add(into, 0, across(lanes.divergence), 0, 0)
     for lane in range(LANES):
         into.doubtful |= doubts[lane] > 0
@@ -212,9 +235,42 @@ cdef void normal_columns(const real **x, const npy_intp *step, int n, const Row 
     cdef int lane
     for lane in range(LANES):
         doubts[lane] = 0
-    normal_loop(x, step, n, 0, row, doubts, &into.sums)
+    normal_loop(x, step, n, 0, row, NULL, doubts, &into.sums)
     for lane in range(LANES):
         into.doubtful[lane] = 1 if doubts[lane] > 0 else into.doubtful[lane]
+
+
+cdef void add_columns(const real *terms, int n, double *sums) noexcept nogil:
+    """Add n columns of LANES terms, run by run."""
+    cdef real run[LANES]
+    cdef int lane, i, length
+    while n > 0:
+        length = run_length(n, 1, <real> 0)
+        fill(run, <real> 0)
+        for i in range(length):
+            for lane in range(LANES):
+                run[lane] += terms[i * LANES + lane]
+        fold(run, sums)
+        terms, n = terms + length * LANES, n - length
+
+
+cdef bint normal_gapless(const real **x, int n, const Row *row, LaneParts *into) noexcept nogil:
+    """As normal_columns, for LANES short rows, one after the other in memory: only the terms need
+    to be transposed. False where one is in doubt."""
+    cdef real terms[SHORT_ROW * LANES]
+    cdef real turned[SHORT_ROW * LANES]
+    cdef real doubts[LANES]
+    cdef npy_intp step[4]
+    cdef int operand
+    fill(doubts, <real> 0)
+    for operand in range(4):
+        step[operand] = LANES
+    normal_loop(x, step, n, 0, row, terms, doubts, &into.sums)
+    if largest(doubts) > 0:
+        return False
+    transpose(terms, n, n, turned)
+    add_columns(turned, n, into.sums.divergence)
+    return True
 
 
 cdef inline double log_variance(double x, int spread) noexcept nogil:

@@ -9,6 +9,7 @@ looked at again: values that decide the result end there, the rest is computed w
 then in double, then by the family's `hard_value`.
 """
 
+from libc.string cimport memcpy
 from numpy cimport npy_intp
 from gufunc cimport (
     INVALID, Batch, Kernel, Plan, Watch, look_for_signals, parallel_for, thread_limit,
@@ -378,9 +379,6 @@ cdef void gather(int format, const char *data, npy_intp outer, npy_intp step, in
     rows."""
     cdef int i, lane
     cdef real row[NARROW_STRIP]
-    if rows == LANES and step == sizeof(real) and format == native_format(into[0]):
-        transpose(<const real *> data, outer // <npy_intp> sizeof(real), n, into)
-        return
     convert(format, data, step, n, row)
     for i in range(n):
         for lane in range(LANES):
@@ -391,25 +389,37 @@ cdef void gather(int format, const char *data, npy_intp outer, npy_intp step, in
             into[i * LANES + lane] = row[i]
 
 
+cdef enum Layout:
+    COLUMNS            # elements of neighbouring rows side by side, to be read in place
+    ROWS               # elements of each row side by side, to be transposed
+    SCATTERED          # to be gathered
+
 ctypedef struct Rows:
     Row first
     npy_intp outer[MAX_OPERANDS]     # bytes from one row to the next
+    int layout[MAX_OPERANDS]
     int used                         # how many of LANES rows there are
     int strip                        # elements of each that are summed together
+    bint gapless                     # whether each row begins where the one before ends
 
 
-cdef inline bint are_columns(const Rows *rows, int operand, real of_type) noexcept nogil:
-    """Whether elements of neighbouring rows lie side by side, to be read in place."""
-    return rows.used == LANES and rows.outer[operand] == sizeof(real) and (
-        rows.first.format == native_format(of_type))
+cdef int layout_of(const Rows *rows, int operand, real of_type) noexcept nogil:
+    if rows.used < LANES or rows.first.format != native_format(of_type):
+        return Layout.SCATTERED
+    if rows.outer[operand] == sizeof(real):
+        return Layout.COLUMNS
+    return Layout.ROWS if rows.first.step[operand] == sizeof(real) else Layout.SCATTERED
 
 
-cdef int choose_strip(const Rows *rows, real of_type) noexcept nogil:
+cdef void choose_layout(Rows *rows, int used, real of_type) noexcept nogil:
     cdef int operand
+    rows.used, rows.strip, rows.gapless = used, STRIP, True
     for operand in range(rows.first.n_operands):
-        if not are_columns(rows, operand, of_type):
-            return NARROW_STRIP
-    return STRIP
+        rows.layout[operand] = layout_of(rows, operand, of_type)
+        if rows.layout[operand] != Layout.COLUMNS:
+            rows.strip = NARROW_STRIP
+        rows.gapless &= rows.layout[operand] == Layout.ROWS and (
+            rows.outer[operand] == rows.first.length * <npy_intp> sizeof(real))
 
 
 cdef inline int strip_length(const Rows *rows, npy_intp start) noexcept nogil:
@@ -422,16 +432,19 @@ cdef void load_strip(const Rows *rows, npy_intp start, int n, real *buffer, cons
     cdef const Row *row = &rows.first
     cdef int operand
     cdef const char *data
-    cdef real *into
     for operand in range(row.n_operands):
         data = row.data[operand] + start * row.step[operand]
-        if are_columns(rows, operand, buffer[0]):
+        if rows.layout[operand] == Layout.COLUMNS:
             x[operand] = <const real *> data
             step[operand] = row.step[operand] // <npy_intp> sizeof(real)
+            continue
+        x[operand], step[operand] = buffer, LANES
+        if rows.layout[operand] == Layout.ROWS:
+            transpose(<const real *> data, rows.outer[operand] // <npy_intp> sizeof(real), n,
+                      buffer)
         else:
-            into = buffer + operand * NARROW_STRIP * LANES
-            gather(row.format, data, rows.outer[operand], row.step[operand], n, rows.used, into)
-            x[operand], step[operand] = into, LANES
+            gather(row.format, data, rows.outer[operand], row.step[operand], n, rows.used, buffer)
+        buffer += NARROW_STRIP * LANES
 
 
 cdef void columns(const Row *row, const real **x, const npy_intp *step, int n,
@@ -606,6 +619,9 @@ cdef void finish_lanes(const Row *row, const LaneParts *parts, double *values,
     elif row.family == Family.DISCRETE and row.normalize and row.length > 1:
         fixed.family, fixed.normalize, fixed.length = Family.DISCRETE, True, 2
         finish_lanes_of(&fixed, parts, values, conditions)
+    elif row.family == Family.NORMAL:
+        fixed.family = Family.NORMAL
+        finish_lanes_of(&fixed, parts, values, conditions)
     else:
         finish_lanes_of(row, parts, values, conditions)
 
@@ -622,6 +638,18 @@ cdef void sum_rows(const Rows *rows, real *buffer, const real **x, const npy_int
         columns(&rows.first, x, step, <int> rows.first.length, parts)
     else:
         sum_strips(rows, buffer, parts)
+
+
+cdef bint sum_gapless(const Rows *rows, LaneParts *parts, real of_type) noexcept nogil:
+    """The same from where they lie, of the normal family; False where it cannot be had."""
+    cdef const real *x[MAX_OPERANDS]
+    cdef int operand
+    if rows.first.length >= SHORT_ROW:
+        return False
+    clear_lanes(&parts.sums)
+    for operand in range(MAX_OPERANDS):
+        x[operand] = <const real *> rows.first.data[operand]
+    return normal_gapless(x, <int> rows.first.length, &rows.first, parts)
 
 
 cdef void refine_rows(const Rows *rows, real *buffer, const real **x, npy_intp *step,
@@ -678,8 +706,9 @@ cdef void rows_side_by_side(const Rows *rows, LaneParts *parts, double *values,
     cdef const real *x[MAX_OPERANDS]
     cdef npy_intp step[MAX_OPERANDS]
     begin_parts(parts)
-    load_strip(rows, 0, strip_length(rows, 0), buffer, x, step)
-    sum_rows(rows, buffer, x, step, parts)
+    if not (row.family == Family.NORMAL and rows.gapless and sum_gapless(rows, parts, buffer[0])):
+        load_strip(rows, 0, strip_length(rows, 0), buffer, x, step)
+        sum_rows(rows, buffer, x, step, parts)
     finish_lanes(row, parts, values, conditions)
     if can_refine(row) and not all_good(conditions):
         refine_rows(rows, buffer, x, step, parts, values, conditions)
@@ -709,15 +738,13 @@ cdef void load_band(const Band *band, npy_intp start, int n, real *buffer,
                     const real **x) noexcept nogil:
     """Lines of all operands in turn: memory delivers more of several streams."""
     cdef const Row *row = &band.row
-    cdef int operand, i, group, width = band.groups * LANES
-    cdef const real *line
+    cdef int operand, i, width = band.groups * LANES
     for operand in range(row.n_operands):
         x[operand] = buffer + operand * n * width
     for i in range(n):
         for operand in range(row.n_operands):
-            line = <const real *> (row.data[operand] + (start + i) * row.step[operand])
-            for group in range(band.groups):
-                copy(line + group * LANES, buffer + (operand * n + i) * width + group * LANES)
+            memcpy(buffer + (operand * n + i) * width,
+                   row.data[operand] + (start + i) * row.step[operand], width * sizeof(real))
 
 
 cdef void sum_band(Band *band, real of_type) noexcept nogil:
@@ -945,15 +972,15 @@ cdef inline int rows_in_groups(const Batch *batch, npy_intp first, npy_intp last
     cdef double values[LANES]
     cdef double conditions[LANES]
     cdef bint short = is_short(batch)
-    rows.first = row_at(batch, first, kernel)
+    rows.first, rows.used = row_at(batch, first, kernel), 0
     for operand in range(MAX_OPERANDS):
         rows.outer[operand] = batch.outer[operand]
     while first < last:
         if last - first < LANES and not short and first > 0:
             first = last - LANES  # whole vectors: some rows are computed twice
         point_at(&rows.first, batch, first)
-        rows.used = <int> min(<npy_intp> LANES, last - first)
-        rows.strip = choose_strip(&rows, of_type)
+        if min(<npy_intp> LANES, last - first) != rows.used:
+            choose_layout(&rows, <int> min(<npy_intp> LANES, last - first), of_type)
         set_betas(batch, first, rows.used, kernel, &parts)
         rows_side_by_side(&rows, &parts, values, conditions, of_type)
         status |= finish_group(

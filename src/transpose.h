@@ -1,10 +1,9 @@
 /* LANES rows of n elements, `outer` elements apart, into n columns of LANES elements: blocks of 4
- * columns in vectors, the last one overlapping the one before. */
+ * columns in vectors, then pairs; the last of them overlaps the one before. */
 #ifndef KLFAST_TRANSPOSE_H
 #define KLFAST_TRANSPOSE_H
 
 #include <stddef.h>
-#include <string.h>
 
 #if defined(__AVX__)
 
@@ -25,75 +24,71 @@ static inline void block_f32(const float *x, ptrdiff_t outer, ptrdiff_t lanes, f
     _mm256_storeu_ps(into + 2 * lanes, _mm256_shuffle_ps(ab_high, cd_high, 0x44));
     _mm256_storeu_ps(into + 3 * lanes, _mm256_shuffle_ps(ab_high, cd_high, 0xee));
 }
-#define KLFAST_BLOCK_F32 8 /* rows */
 
-#endif
+/* Two elements of each of rows r, r + 1, r + 4, r + 5. */
+static inline __m128 two_pairs_f32(const float *x, ptrdiff_t outer) {
+    return _mm_loadh_pi(_mm_loadl_pi(_mm_setzero_ps(), (const __m64 *)x),
+                        (const __m64 *)(x + outer));
+}
+static inline __m256 four_pairs_f32(const float *x, ptrdiff_t outer) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(two_pairs_f32(x, outer)),
+                                two_pairs_f32(x + 4 * outer, outer), 1);
+}
+static inline void pair_f32(const float *x, ptrdiff_t outer, ptrdiff_t lanes, float *into) {
+    __m256 ab = four_pairs_f32(x, outer), cd = four_pairs_f32(x + 2 * outer, outer);
+    _mm256_storeu_ps(into, _mm256_shuffle_ps(ab, cd, 0x88));
+    _mm256_storeu_ps(into + lanes, _mm256_shuffle_ps(ab, cd, 0xdd));
+}
 
-#if defined(__GNUC__) || defined(__clang__)
-
-#if defined(__clang__)
-#define KLFAST_SHUFFLE(name, x, y, i, j, k, l) __builtin_shufflevector(x, y, i, j, k, l)
-#else
-#define KLFAST_SHUFFLE(name, x, y, i, j, k, l) __builtin_shuffle(x, y, (mask4_##name){i, j, k, l})
-#endif
-
-#define KLFAST_BLOCK(name, real, integer, size)                                                  \
-    typedef real vec4_##name __attribute__((vector_size(size)));                                 \
-    typedef integer mask4_##name __attribute__((vector_size(size)));                             \
-    static inline void block_##name(const real *x, ptrdiff_t outer, ptrdiff_t lanes, real *into) { \
-        vec4_##name a, b, c, d, ab, cd, ab_high, cd_high;                                        \
-        memcpy(&a, x, size);                                                                     \
-        memcpy(&b, x + outer, size);                                                             \
-        memcpy(&c, x + 2 * outer, size);                                                         \
-        memcpy(&d, x + 3 * outer, size);                                                         \
-        ab = KLFAST_SHUFFLE(name, a, b, 0, 4, 1, 5);                                             \
-        cd = KLFAST_SHUFFLE(name, c, d, 0, 4, 1, 5);                                             \
-        ab_high = KLFAST_SHUFFLE(name, a, b, 2, 6, 3, 7);                                        \
-        cd_high = KLFAST_SHUFFLE(name, c, d, 2, 6, 3, 7);                                        \
-        a = KLFAST_SHUFFLE(name, ab, cd, 0, 1, 4, 5);                                            \
-        b = KLFAST_SHUFFLE(name, ab, cd, 2, 3, 6, 7);                                            \
-        c = KLFAST_SHUFFLE(name, ab_high, cd_high, 0, 1, 4, 5);                                  \
-        d = KLFAST_SHUFFLE(name, ab_high, cd_high, 2, 3, 6, 7);                                  \
-        memcpy(into, &a, size);                                                                  \
-        memcpy(into + lanes, &b, size);                                                          \
-        memcpy(into + 2 * lanes, &c, size);                                                      \
-        memcpy(into + 3 * lanes, &d, size);                                                      \
-    }
-#ifndef KLFAST_BLOCK_F32
-KLFAST_BLOCK(f32, float, int, 16)
-#define KLFAST_BLOCK_F32 4
-#endif
-KLFAST_BLOCK(f64, double, long long, 32)
+/* Two elements of rows r and r + 2. */
+static inline __m256d two_pairs_f64(const double *x, ptrdiff_t outer) {
+    return _mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(x)),
+                                _mm_loadu_pd(x + 2 * outer), 1);
+}
+static inline void pair_f64(const double *x, ptrdiff_t outer, ptrdiff_t lanes, double *into) {
+    __m256d a = two_pairs_f64(x, outer), b = two_pairs_f64(x + outer, outer);
+    _mm256_storeu_pd(into, _mm256_unpacklo_pd(a, b));
+    _mm256_storeu_pd(into + lanes, _mm256_unpackhi_pd(a, b));
+}
+static inline void block_f64(const double *x, ptrdiff_t outer, ptrdiff_t lanes, double *into) {
+    pair_f64(x, outer, lanes, into);
+    pair_f64(x + 2, outer, lanes, into + 2 * lanes);
+}
+#define KLFAST_ROWS_F32 8
 
 #else
 
-#define KLFAST_BLOCK(name, real)                                                                 \
-    static inline void block_##name(const real *x, ptrdiff_t outer, ptrdiff_t lanes, real *into) { \
-        for (ptrdiff_t i = 0; i < 4; i++)                                                        \
+#define KLFAST_BLOCK(name, real, columns, type)                                                  \
+    static inline void name##_##type(const real *x, ptrdiff_t outer, ptrdiff_t lanes, real *into) { \
+        for (ptrdiff_t i = 0; i < columns; i++)                                                  \
             for (ptrdiff_t row = 0; row < 4; row++)                                              \
                 into[i * lanes + row] = x[row * outer + i];                                      \
     }
-#ifndef KLFAST_BLOCK_F32
-KLFAST_BLOCK(f32, float)
-#define KLFAST_BLOCK_F32 4
-#endif
-KLFAST_BLOCK(f64, double)
+KLFAST_BLOCK(block, float, 4, f32)
+KLFAST_BLOCK(pair, float, 2, f32)
+KLFAST_BLOCK(block, double, 4, f64)
+KLFAST_BLOCK(pair, double, 2, f64)
+#define KLFAST_ROWS_F32 4
 
 #endif
 
-#define KLFAST_TRANSPOSE(name, real, rows)                                                       \
-    static inline void transpose_##name(                                                         \
+#define KLFAST_TRANSPOSE(type, real, rows)                                                       \
+    static inline void transpose_##type(                                                         \
         const real *x, ptrdiff_t outer, ptrdiff_t n, ptrdiff_t lanes, real *into) {              \
-        for (ptrdiff_t i = 0; n >= 4 && i < n; i += 4) {                                         \
-            ptrdiff_t at = i < n - 4 ? i : n - 4;                                                \
-            for (ptrdiff_t lane = 0; lane < lanes; lane += rows)                                 \
-                block_##name(x + lane * outer + at, outer, lanes, into + at * lanes + lane);     \
+        for (ptrdiff_t lane = 0; lane < lanes; lane += rows) {                                   \
+            ptrdiff_t i = 0;                                                                     \
+            for (; i + 4 <= n; i += 4)                                                           \
+                block_##type(x + i, outer, lanes, into + i * lanes);                             \
+            for (; i < n && n > 1; i += 2) {                                                     \
+                ptrdiff_t at = i + 2 <= n ? i : n - 2;                                           \
+                pair_##type(x + at, outer, lanes, into + at * lanes);                            \
+            }                                                                                    \
+            for (ptrdiff_t row = 0; row < rows && n == 1; row++) into[row] = x[row * outer];     \
+            x += rows * outer;                                                                   \
+            into += rows;                                                                        \
         }                                                                                        \
-        for (ptrdiff_t i = 0; n < 4 && i < n; i++)                                               \
-            for (ptrdiff_t lane = 0; lane < lanes; lane++)                                       \
-                into[i * lanes + lane] = x[lane * outer + i];                                    \
     }
-KLFAST_TRANSPOSE(f32, float, KLFAST_BLOCK_F32)
+KLFAST_TRANSPOSE(f32, float, KLFAST_ROWS_F32)
 KLFAST_TRANSPOSE(f64, double, 4)
 
 #endif
