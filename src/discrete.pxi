@@ -206,8 +206,8 @@ cdef void discrete_loop(const real *p, const real *q, npy_intp step_p, npy_intp 
 
 cdef void lower_margins(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
                         bint scaled, const real *ratios, real *margins) noexcept nogil:
-    """By how much weights are above the least that the fast formula has a range for, which what is 0
-    in P need not be; negative where one is too large, too."""
+    """By how much weights are above the least that the fast formula has a range for, which what is
+    0 in P need not be; negative where one is too large, too."""
     cdef int lane, i
     cdef real x, y, above
     cdef real floor = smallest_weight(scaled, <real> 0)

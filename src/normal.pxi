@@ -78,7 +78,7 @@ cdef inline void log_variance_run(bint keep, const real **at, const npy_intp *st
 cdef inline void normal_factors(const real **at, const npy_intp *step, int n, int spread_p,
                                 int spread_q, real *s, real *grown, real *factor, real *rest,
                                 real *doubts) noexcept nogil:
-    """What the terms are made of: s, g, the factor of g + s or g + s(2-s), and what else is added."""
+    """What the terms are made of: s, g, the factor of g + s or g + s(2-s), and what is added."""
     cdef int lane, i, k
     cdef real s_p, s_q, v_p, v_q, rest_p, rest_q, x, y, z, e_ln2, power, d, ratio, mean, doubt
     cdef const real *loc_p = at[0]
@@ -191,7 +191,8 @@ cdef void normal_loop(const real **x, const npy_intp *step, int n, int first, co
     elif p == Spread.VARIANCE and q == Spread.VARIANCE:
         normal_runs(x, step, n, first, Spread.VARIANCE, Spread.VARIANCE, terms, doubts, into)
     elif p == Spread.LOG_VARIANCE and q == Spread.LOG_VARIANCE:
-        normal_runs(x, step, n, first, Spread.LOG_VARIANCE, Spread.LOG_VARIANCE, terms, doubts, into)
+        normal_runs(x, step, n, first, Spread.LOG_VARIANCE, Spread.LOG_VARIANCE, terms, doubts,
+                    into)
     elif real is double:
         if p == Spread.SCALE and q == Spread.VARIANCE:
             normal_runs(x, step, n, first, Spread.SCALE, Spread.VARIANCE, terms, doubts, into)
@@ -200,11 +201,13 @@ cdef void normal_loop(const real **x, const npy_intp *step, int n, int first, co
         elif p == Spread.VARIANCE and q == Spread.SCALE:
             normal_runs(x, step, n, first, Spread.VARIANCE, Spread.SCALE, terms, doubts, into)
         elif p == Spread.VARIANCE:
-            normal_runs(x, step, n, first, Spread.VARIANCE, Spread.LOG_VARIANCE, terms, doubts, into)
+            normal_runs(x, step, n, first, Spread.VARIANCE, Spread.LOG_VARIANCE, terms, doubts,
+                        into)
         elif q == Spread.SCALE:
             normal_runs(x, step, n, first, Spread.LOG_VARIANCE, Spread.SCALE, terms, doubts, into)
         else:
-            normal_runs(x, step, n, first, Spread.LOG_VARIANCE, Spread.VARIANCE, terms, doubts, into)
+            normal_runs(x, step, n, first, Spread.LOG_VARIANCE, Spread.VARIANCE, terms, doubts,
+                        into)
 
 
 cdef void normal_block(const real **x, int n, const Row *row, Sums *into) noexcept nogil:
@@ -334,8 +337,8 @@ cdef inline double normal_hard_value(const Row *row, Watch *watch) noexcept nogi
 
 cdef inline real excess_ratio(real s_p, real s_q, int spread_p, int spread_q,
                               real inverse_q) noexcept nogil:
-    """t, given the reciprocal of what stands for the variance of q (of the variance itself where the
-    sides differ)."""
+    """t, given the reciprocal of what stands for the variance of q (of the variance itself where
+    the sides differ)."""
     cdef real rest, rest_p, rest_q
     if spread_p == Spread.LOG_VARIANCE and spread_q == Spread.LOG_VARIANCE:
         s_p = difference(s_p, s_q, &rest)

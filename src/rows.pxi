@@ -956,12 +956,13 @@ cdef inline int rows_one_by_one(const Batch *batch, npy_intp first, npy_intp las
 cdef inline void set_betas(const Batch *batch, npy_intp first, int used, const Kernel *kernel,
                            LaneParts *parts) noexcept nogil:
     cdef int lane
-    if kernel.family != Family.CATEGORICAL or batch.outer[2] == 0:
-        fill(parts.beta, 1.0 if kernel.family != Family.CATEGORICAL else inverse_temperature(
-            batch, first))
-        return
-    for lane in range(LANES):
-        parts.beta[lane] = inverse_temperature(batch, first + min(lane, used - 1))
+    if kernel.family != Family.CATEGORICAL:
+        fill(parts.beta, 1.0)
+    elif batch.outer[2] == 0:
+        fill(parts.beta, inverse_temperature(batch, first))
+    else:
+        for lane in range(LANES):
+            parts.beta[lane] = inverse_temperature(batch, first + min(lane, used - 1))
 
 
 cdef inline int rows_in_groups(const Batch *batch, npy_intp first, npy_intp last,

@@ -54,7 +54,7 @@ static void in_child(void) {
 static inline void guard_forks(void) { pthread_atfork(0, 0, in_child); }
 #endif
 
-/* The thread count that code asked for: this thread's own (0: none) before everybody's (0: none). */
+/* The thread count that code asked for: this thread's own (0: none) before all others' (0: none). */
 #if defined(_MSC_VER)
 static __declspec(thread) int threads_here = 0;
 #else

@@ -251,7 +251,7 @@ static inline double residual_product_f64(double a, double b, double c) {
 }
 #endif
 
-/* (r + r_low)(high + *low) + (c + c_low), in two parts: returns the first, leaves the other in low. */
+/* (r + r_low)(high + *low) + (c + c_low) in two parts: returns the first, leaves the other in low. */
 static inline double pair_step(double r, double r_low, double high, double *low, double c,
                                double c_low) {
     double product = r * high;
@@ -262,8 +262,8 @@ static inline double pair_step(double r, double r_low, double high, double *low,
 }
 
 /* e^x and, in `rest`, what its rounding left out: together right to 1e-22 of e^x. x in [-708, 709].
- * ln 2 in three parts, the first two short enough that n times them is exact; the series in pairs up
- * to r^6/6!, in doubles up to r^17/17!. */
+ * ln 2 in three parts, the first two short enough that n times them is exact; the series in pairs
+ * up to r^6/6!, in doubles up to r^17/17!. */
 static inline double exp_pair_f64(double x, double *rest) {
     double shifted = x * LOG2_E + MAGIC_F64, n = shifted - MAGIC_F64;
     double power = pow2_shifted_f64(shifted);
