@@ -25,6 +25,7 @@ from vecmath cimport (
 )
 
 cdef extern from "transpose.h" nogil:
+    void prefetch(const char *data, npy_intp n)
     void transpose_f32(const float *x, npy_intp outer, npy_intp n, npy_intp lanes, float *into)
     void transpose_f64(const double *x, npy_intp outer, npy_intp n, npy_intp lanes, double *into)
 
@@ -719,7 +720,8 @@ cdef void rows_side_by_side(const Rows *rows, LaneParts *parts, double *values,
 # first.
 
 cdef enum:
-    BAND_BYTES = 512
+    BAND_BYTES = 256           # wider ones are no faster
+    ROWS_AHEAD = 4             # nor are 8
     MAX_GROUPS = BAND_BYTES / 4 / LANES      # of LANES rows
 
 ctypedef struct Band:
@@ -736,15 +738,19 @@ cdef inline int band_width(real of_type) noexcept nogil:
 
 cdef void load_band(const Band *band, npy_intp start, int n, real *buffer,
                     const real **x) noexcept nogil:
-    """Lines of all operands in turn: memory delivers more of several streams."""
+    """Lines of all operands in turn, each asked for some rows ahead: processors do not foresee the
+    way from row to row. 0.50 to 0.60 of the speed of rows, for logits of 1000 x 4096."""
     cdef const Row *row = &band.row
     cdef int operand, i, width = band.groups * LANES
+    cdef npy_intp line = width * sizeof(real)
+    cdef const char *data
     for operand in range(row.n_operands):
         x[operand] = buffer + operand * n * width
     for i in range(n):
         for operand in range(row.n_operands):
-            memcpy(buffer + (operand * n + i) * width,
-                   row.data[operand] + (start + i) * row.step[operand], width * sizeof(real))
+            data = row.data[operand] + (start + i) * row.step[operand]
+            prefetch(data + ROWS_AHEAD * row.step[operand], line)
+            memcpy(buffer + (operand * n + i) * width, data, line)
 
 
 cdef void sum_band(Band *band, real of_type) noexcept nogil:

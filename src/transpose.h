@@ -5,6 +5,13 @@
 
 #include <stddef.h>
 
+/* Ask for n bytes that are needed soon. */
+static inline void prefetch(const char *data, ptrdiff_t n) {
+#if defined(__GNUC__) || defined(__clang__)
+    for (ptrdiff_t i = 0; i < n; i += 64) __builtin_prefetch(data + i);
+#endif
+}
+
 #if defined(__AVX__)
 
 #include <immintrin.h>
