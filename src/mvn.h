@@ -64,8 +64,8 @@ MVN_INLINE mvn_vec mvn_sqrt(mvn_vec x) {
 #endif
 }
 
-/* x y + z, rounded once where processors can. Which product of x y + z w a compiler fuses may differ
- * from one inlined copy to the next, and bits with it: sums of products are written with this. */
+/* x y + z, rounded once where processors can. Which product of a sum of two a compiler fuses may
+ * differ from one inlined copy to the next, and bits with it: such sums are written with this. */
 MVN_INLINE mvn_vec mvn_fma(mvn_vec x, mvn_vec y, mvn_vec z) {
 #if MVN_LANES == 8
     return (mvn_vec)_mm512_fmadd_pd((__m512d)x, (__m512d)y, (__m512d)z);
@@ -278,15 +278,15 @@ typedef struct { mvn_vec l[MVN_SMALL_TRIANGLE], reciprocal[MVN_SMALL]; } mvn_sma
 
 #define MVN_AHEAD 2048 /* bytes, at least */
 
-/* Asks for part number `part` of `parts` of a group's matrices, some groups after that of `item`,
- * if they lie side by side. Beyond the last item it asks in vain. */
+/* Asks for `count` n-ths, from number i on, of the matrices two groups or more after that of
+ * `item`, if they lie side by side. Beyond the last item it asks in vain. */
 MVN_INLINE void mvn_prefetch_group(
-    const mvn_side *s, ptrdiff_t item, ptrdiff_t part, ptrdiff_t parts, ptrdiff_t n) {
-    const ptrdiff_t group = MVN_LANES * s->matrix_outer, size = group / parts;
-    const char *begin = s->matrix + item * s->matrix_outer;
-    if (s->matrix_outer > n * n * (ptrdiff_t)sizeof(double)) return;
-    begin += group > MVN_AHEAD ? group : MVN_AHEAD;
-    for (ptrdiff_t at = part * size; at < (part + 1) * size; at += 64) {
+    const mvn_side *s, ptrdiff_t item, ptrdiff_t i, ptrdiff_t count, ptrdiff_t n, int single) {
+    const ptrdiff_t size = single ? sizeof(float) : sizeof(double), share = MVN_LANES * n * size;
+    const char *begin = s->matrix + item * s->matrix_outer + i * share;
+    if (s->shared || s->matrix_outer > n * n * size) return;
+    begin += 2 * n * share > MVN_AHEAD ? 2 * n * share : MVN_AHEAD;
+    MVN_UNROLL for (ptrdiff_t at = 0; at < count * share; at += 64) {
         __builtin_prefetch(begin + at, 0, 3);
     }
 }
@@ -384,7 +384,7 @@ MVN_INLINE mvn_vec mvn_small_group(
     if (!q) {
         MVN_EACH(i, 0, n) {
             const mvn_vec *row = a->l + MVN_TRIANGLE(i, 0);
-            mvn_prefetch_group(p, item, i, n, n);
+            mvn_prefetch_group(p, item, i, 1, n, single);
             if (rows_p) mvn_small_row(p, item, 0, a, i, single);
             u[i] = row[i];
             t[i] = u[i] - 1.0;
@@ -398,8 +398,8 @@ MVN_INLINE mvn_vec mvn_small_group(
         MVN_EACH(i, 0, n) {
             const mvn_vec *row_p = a->l + MVN_TRIANGLE(i, 0), *row_q = b->l + MVN_TRIANGLE(i, 0);
             const mvn_vec *reciprocal = b->reciprocal + i;
-            mvn_prefetch_group(p, item, i, n, n);
-            mvn_prefetch_group(q, item, i, n, n);
+            mvn_prefetch_group(p, item, i, 1, n, single);
+            mvn_prefetch_group(q, item, i, 1, n, single);
             if (rows_p) mvn_small_row(p, item, 0, a, i, single);
             if (rows_q) mvn_small_row(q, item, 1, b, i, single);
             y[i][0] = z[i] - other[i];
@@ -433,13 +433,15 @@ MVN_INLINE mvn_side mvn_packed(const mvn_side *s, ptrdiff_t n, int single) {
         .matrix_outer = n * n * size, .row = n * size, .column = size};
 }
 
+MVN_INLINE int mvn_same(const mvn_side *a, const mvn_side *b) { return !memcmp(a, b, sizeof *a); }
+
 /* The same, with all strides known beforehand where both sides are packed: of what is executed
  * otherwise, a third is the arithmetic of addresses. */
 MVN_INLINE void mvn_small_groups(
     const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups, mvn_small_factor *a,
     mvn_small_factor *b, int fresh, double *kl, const int n, const int single) {
     const mvn_side packed_p = mvn_packed(p, n, single), packed_q = mvn_packed(q ? q : p, n, single);
-    if (q && !memcmp(p, &packed_p, sizeof *p) && !memcmp(q, &packed_q, sizeof *q)) {
+    if (q && mvn_same(p, &packed_p) && mvn_same(q, &packed_q)) {
         mvn_small_factor rows_p, rows_q;
         mvn_small_each(&packed_p, &packed_q, first, groups, &rows_p, &rows_q, 1, kl, n, single);
     } else {
@@ -466,6 +468,7 @@ static void mvn_small_f64(
 
 /* ---- lanes ---------------------------------------------------------------------------------- */
 
+#define MVN_STRIDE(n) (((n) + 4) / 4 * 4)
 #define MVN_LANES_LIMIT 24 /* rows up to which items in lanes are faster than one by one */
 
 /* LANES items side by side: [mu | L] of all of them, n rows (n even) of `stride` vectors, mu in
@@ -474,24 +477,48 @@ static void mvn_small_f64(
 
 /* A side of a group. An odd number of rows gets one more, of an identity: it adds nothing. */
 MVN_INLINE void mvn_lanes_loc(
-    mvn_vec *a, const mvn_side *s, ptrdiff_t item, ptrdiff_t stride, ptrdiff_t n,
-    int single) {
-    mvn_vec line[MVN_LANES_LIMIT];
-    mvn_read(line, s->loc + item * s->loc_outer, s->loc_outer, s->loc_inner, n, single);
-    for (ptrdiff_t i = 0; i < n; i++) a[i * stride] = line[i];
+    mvn_vec *loc, const mvn_side *s, ptrdiff_t item, ptrdiff_t n, int single) {
+    for (ptrdiff_t i = 0; i < n; i++) {
+        loc[i] = mvn_spread(s->loc + item * s->loc_outer + i * s->loc_inner, s->loc_outer, single);
+    }
+    if (n % 2) loc[n] = (mvn_vec){0};
 }
 
+/* Rows i and i + 1 of L, i even. */
 MVN_INLINE void mvn_lanes_rows(
-    mvn_vec *a, const mvn_side *s, ptrdiff_t item, ptrdiff_t stride, ptrdiff_t n,
-    ptrdiff_t first, ptrdiff_t last, int single) {
-    const char *matrix = s->matrix + item * s->matrix_outer;
-    const ptrdiff_t outer = s->matrix_outer, row = s->row, column = s->column;
-    for (ptrdiff_t i = first; i < last && i < n; i++) {
-        mvn_read(a + i * stride + 1, matrix + i * row, outer, column, i + 1, single);
+    mvn_vec *rows, const mvn_side *s, ptrdiff_t item, ptrdiff_t stride, ptrdiff_t n, ptrdiff_t i,
+    int single) {
+    const ptrdiff_t outer = s->matrix_outer, column = s->column, below = i + 1 < n ? s->row : 0;
+    const ptrdiff_t size = single ? sizeof(float) : sizeof(double);
+    const char *at = s->matrix + item * outer + i * s->row;
+    mvn_vec *upper = rows + 1, *lower = rows + stride + 1;
+    for (ptrdiff_t j = 0; j < i; j += 2) {
+        if (column == size) {
+            mvn_pair(at, outer, upper + j, single);
+            mvn_pair(at + below, outer, lower + j, single);
+        } else {
+            MVN_UNROLL for (int c = 0; c < 2; c++) {
+                upper[j + c] = mvn_spread(at + c * column, outer, single);
+                lower[j + c] = mvn_spread(at + below + c * column, outer, single);
+            }
+        }
+        at += 2 * column;
     }
-    if (last > n) {
-        for (ptrdiff_t j = 0; j <= n; j++) a[n * stride + j] = (mvn_vec){0};
-        a[n * stride + n + 1] = mvn_ones();
+    upper[i] = mvn_spread(at, outer, single);
+    if (i + 1 < n) {
+        lower[i] = mvn_spread(at + below, outer, single);
+        lower[i + 1] = mvn_spread(at + below + column, outer, single);
+    } else {
+        for (ptrdiff_t j = 0; j <= i; j++) lower[j] = (mvn_vec){0};
+        lower[i + 1] = mvn_ones();
+    }
+}
+
+/* Zeros after the diagonal in two rows where others were before, to the end of a tile. */
+MVN_INLINE void mvn_lanes_end(mvn_vec *rows, ptrdiff_t stride, ptrdiff_t i) {
+    rows[i + 2] = (mvn_vec){0};
+    for (ptrdiff_t j = i + 3; j <= ((i + 2) | 3); j++) {
+        rows[j] = rows[stride + j] = (mvn_vec){0};
     }
 }
 
@@ -550,17 +577,16 @@ MVN_INLINE void mvn_lanes_reciprocals(
 }
 
 /* Rows i and i + 1 of [z | Y] = L_q^-1 ([mu_p | L_p] - [mu_q | L_q]) by forward substitution, four
- * columns at a time. Adds their squares to `total`. */
+ * columns at a time, from the same rows `p` and `q`. Adds their squares to `total`. */
 MVN_INLINE void mvn_lanes_whiten_rows(
     const mvn_vec *p, const mvn_vec *q, const mvn_vec *reciprocal, mvn_vec *y, mvn_vec *total,
     ptrdiff_t stride, ptrdiff_t i) {
-    const mvn_vec *l = q + i * stride + 1;
+    const mvn_vec *l = q + 1;
     for (ptrdiff_t j = 0; j <= i + 2; j += 4) {
-        ptrdiff_t at = i * stride + j;
         mvn_vec sum[2][4];
         MVN_UNROLL for (int c = 0; c < 4; c++) {
-            sum[0][c] = p[at + c] - q[at + c];
-            sum[1][c] = p[at + stride + c] - q[at + stride + c];
+            sum[0][c] = p[j + c] - q[j + c];
+            sum[1][c] = p[stride + j + c] - q[stride + j + c];
         }
         for (ptrdiff_t k = j > 0 ? j - 1 : 0; k < i; k++) {
             MVN_UNROLL for (int c = 0; c < 4; c++) {
@@ -571,9 +597,10 @@ MVN_INLINE void mvn_lanes_whiten_rows(
         MVN_UNROLL for (int c = 0; c < 4; c++) {
             sum[0][c] *= reciprocal[i];
             sum[1][c] = (sum[1][c] - l[stride + i] * sum[0][c]) * reciprocal[i + 1];
-            y[at + c] = sum[0][c];
-            y[at + stride + c] = sum[1][c];
-            total[c] += sum[0][c] * sum[0][c] + sum[1][c] * sum[1][c];
+            y[i * stride + j + c] = sum[0][c];
+            y[(i + 1) * stride + j + c] = sum[1][c];
+            total[c] = mvn_fma(sum[0][c], sum[0][c], total[c]);
+            total[c] = mvn_fma(sum[1][c], sum[1][c], total[c]);
         }
     }
 }
@@ -584,7 +611,7 @@ MVN_INLINE void mvn_lanes_whiten(
     ptrdiff_t stride, ptrdiff_t n) {
     mvn_vec total[4] = {{0}};
     for (ptrdiff_t i = 0; i < n; i += 2) {
-        mvn_lanes_whiten_rows(p, q, reciprocal, y, total, stride, i);
+        mvn_lanes_whiten_rows(p + i * stride, q + i * stride, reciprocal, y, total, stride, i);
     }
     *squares = (total[0] + total[1]) + (total[2] + total[3]);
 }
@@ -603,18 +630,17 @@ MVN_INLINE void mvn_lanes_whiten_standard(
     *squares = rest + diagonal;
 }
 
-/* The divergences of LANES items by `mvn_terms`, NaN where other formulas may know more: from L_p,
- * 1 / L_q,ii, [z | Y] and |z|^2 + |Y|^2. */
+/* The divergences of LANES items by `mvn_terms`, NaN where other formulas may know more: from
+ * L_p,ii, 1 / L_q,ii, [z | Y] and |z|^2 + |Y|^2. */
 MVN_INLINE void mvn_lanes_sum(
-    const mvn_vec *p, const mvn_vec *reciprocal, const mvn_vec *y, const mvn_vec *squares,
+    const mvn_vec *x, const mvn_vec *reciprocal, const mvn_vec *y, const mvn_vec *squares,
     ptrdiff_t stride, ptrdiff_t n, double *kl) {
     mvn_vec t[MVN_LANES_LIMIT], u[MVN_LANES_LIMIT], sum = 0.5 * *squares;
     mvn_bits bad = {0};
     for (ptrdiff_t i = 0; i < n; i++) {
-        mvn_vec x = p[i * stride + i + 1];
         t[i] = y[i * stride + i + 1];
-        u[i] = x * reciprocal[i];
-        bad |= (mvn_bits)x | (mvn_bits)reciprocal[i];
+        u[i] = x[i] * reciprocal[i];
+        bad |= (mvn_bits)x[i] | (mvn_bits)reciprocal[i];
     }
     for (ptrdiff_t i = 0; i + 4 <= n; i += 4) sum += mvn_terms(t + i, u + i, 4, &bad);
     if (n % 4) sum += mvn_terms(t + n - 2, u + n - 2, 2, &bad);
@@ -625,35 +651,68 @@ MVN_INLINE void mvn_lanes_sum(
 typedef struct { mvn_vec *p, *q, *y, *reciprocal; } mvn_lanes;
 
 /* The divergences of a group; `q` is NULL for N(0, I). Rows of factors are read as they are needed,
- * and the next group's are asked for. */
-MVN_INLINE void mvn_lanes_group(
+ * two at a time into the place of the two before, so that the cache has room for the
+ * groups that are asked for. */
+MVN_INLINE void mvn_lanes_divergences(
     const mvn_lanes *a, const mvn_side *p, const mvn_side *q, ptrdiff_t item, int load_p,
     int load_q, ptrdiff_t stride, ptrdiff_t n, double *kl, int single) {
     mvn_vec total[4] = {{0}}, unused[MVN_LANES_LIMIT], squares;
-    ptrdiff_t even = n + n % 2;
-    int rows_p = load_p && q && !p->covariance, rows_q = load_q && !q->covariance;
-    if (load_p && !rows_p) mvn_lanes_rows(a->p, p, item, stride, n, 0, even, single);
-    if (load_p && p->covariance) mvn_lanes_cholesky(a->p, unused, stride, even);
-    mvn_lanes_loc(a->p, p, item, stride, n, single);
-    if (load_q && q->covariance) {
-        mvn_lanes_rows(a->q, q, item, stride, n, 0, even, single);
-        mvn_lanes_cholesky(a->q, a->reciprocal, stride, even);
+    mvn_vec loc_p[MVN_LANES_LIMIT], loc_q[MVN_LANES_LIMIT], x[MVN_LANES_LIMIT];
+    const ptrdiff_t even = n + n % 2;
+    const int rows_p = q && mvn_by_rows(p), rows_q = q && mvn_by_rows(q);
+    mvn_lanes_loc(loc_p, p, item, n, single);
+    if (q) mvn_lanes_loc(loc_q, q, item, n, single);
+    for (ptrdiff_t i = 0; i < even; i += 2) {
+        if (load_p && !rows_p) mvn_lanes_rows(a->p + i * stride, p, item, stride, n, i, single);
+        if (load_q && !rows_q) mvn_lanes_rows(a->q + i * stride, q, item, stride, n, i, single);
     }
-    if (q) mvn_lanes_loc(a->q, q, item, stride, n, single);
-    for (ptrdiff_t i = 0; q && i < even; i += 2) {
-        mvn_prefetch_group(p, item, i / 2, even / 2, n);
-        mvn_prefetch_group(q, item, i / 2, even / 2, n);
-        if (rows_p) mvn_lanes_rows(a->p, p, item, stride, n, i, i + 2, single);
-        if (rows_q) {
-            mvn_lanes_rows(a->q, q, item, stride, n, i, i + 2, single);
-            a->reciprocal[i] = 1.0 / a->q[i * stride + i + 1];
-            a->reciprocal[i + 1] = 1.0 / a->q[(i + 1) * stride + i + 2];
+    if (load_p && p->covariance) mvn_lanes_cholesky(a->p, unused, stride, even);
+    if (load_q && q->covariance) mvn_lanes_cholesky(a->q, a->reciprocal, stride, even);
+    for (ptrdiff_t i = 0; i < even; i += 2) {
+        mvn_vec *row_p = a->p + (rows_p ? 0 : i * stride);
+        mvn_vec *row_q = a->q + (rows_q ? 0 : i * stride);
+        row_p[0] = loc_p[i];
+        row_p[stride] = loc_p[i + 1];
+        mvn_prefetch_group(p, item, i, 2, n, single);
+        if (rows_p) {
+            mvn_lanes_rows(row_p, p, item, stride, n, i, single);
+            mvn_lanes_end(row_p, stride, i);
         }
-        mvn_lanes_whiten_rows(a->p, a->q, a->reciprocal, a->y, total, stride, i);
+        x[i] = row_p[i + 1];
+        x[i + 1] = row_p[stride + i + 2];
+        if (!q) continue;
+        row_q[0] = loc_q[i];
+        row_q[stride] = loc_q[i + 1];
+        mvn_prefetch_group(q, item, i, 2, n, single);
+        if (rows_q) {
+            mvn_lanes_rows(row_q, q, item, stride, n, i, single);
+            mvn_lanes_end(row_q, stride, i);
+        }
+        if (!q->covariance) {
+            a->reciprocal[i] = 1.0 / row_q[i + 1];
+            a->reciprocal[i + 1] = 1.0 / row_q[stride + i + 2];
+        }
+        mvn_lanes_whiten_rows(row_p, row_q, a->reciprocal, a->y, total, stride, i);
     }
     squares = (total[0] + total[1]) + (total[2] + total[3]);
     if (!q) mvn_lanes_whiten_standard(a->p, a->y, &squares, stride, even);
-    mvn_lanes_sum(a->p, a->reciprocal, a->y, &squares, stride, even, kl);
+    mvn_lanes_sum(x, a->reciprocal, a->y, &squares, stride, even, kl);
+}
+MVN_INLINE void mvn_lanes_group(
+    const mvn_lanes *a, const mvn_side *p, const mvn_side *q, ptrdiff_t item, int load_p,
+    int load_q, ptrdiff_t stride, ptrdiff_t n, double *kl, int single) {
+    const mvn_side packed_p = mvn_packed(p, n, single), packed_q = mvn_packed(q ? q : p, n, single);
+    const mvn_side *all_p = &packed_p, *all_q = &packed_q;
+    if (q && mvn_same(p, all_p) && mvn_same(q, all_q)) {
+        if (n == 16) { /* often met: with the bounds of loops known, too */
+            const mvn_side p_16 = mvn_packed(p, 16, single), q_16 = mvn_packed(q, 16, single);
+            mvn_lanes_divergences(a, &p_16, &q_16, item, 1, 1, MVN_STRIDE(16), 16, kl, single);
+        } else {
+            mvn_lanes_divergences(a, all_p, all_q, item, 1, 1, stride, n, kl, single);
+        }
+    } else {
+        mvn_lanes_divergences(a, p, q, item, load_p, load_q, stride, n, kl, single);
+    }
 }
 static inline void mvn_lanes_group_f32(
     const mvn_lanes *a, const mvn_side *p, const mvn_side *q, ptrdiff_t item,
