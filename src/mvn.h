@@ -651,8 +651,7 @@ MVN_INLINE void mvn_lanes_sum(
 typedef struct { mvn_vec *p, *q, *y, *reciprocal; } mvn_lanes;
 
 /* The divergences of a group; `q` is NULL for N(0, I). Rows of factors are read as they are needed,
- * two at a time into the place of the two before, so that the cache has room for the groups that are
- * asked for. */
+ * two at a time into the place of the two before: the cache has room for the groups asked for. */
 MVN_INLINE void mvn_lanes_divergences(
     const mvn_lanes *a, const mvn_side *p, const mvn_side *q, ptrdiff_t item, int load_p,
     int load_q, ptrdiff_t stride, ptrdiff_t n, double *kl, int single) {
