@@ -15,9 +15,12 @@
 #include <float.h>
 #include <math.h>
 #include <stddef.h>
+#include <string.h>
 #include "vecmath.h"
 #if defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -38,7 +41,7 @@
 #if defined(__clang__)
 #define MVN_UNROLL _Pragma("unroll")
 #else
-#define MVN_UNROLL _Pragma("GCC unroll 8")
+#define MVN_UNROLL _Pragma("GCC unroll 9")
 #endif
 
 typedef double mvn_vec __attribute__((vector_size(8 * MVN_LANES), may_alias));
@@ -61,35 +64,46 @@ MVN_INLINE mvn_vec mvn_sqrt(mvn_vec x) {
 #endif
 }
 
-/* One element of LANES arrays, which begin at `at`, side by side. */
+/* x y + z, rounded once where processors can. Which product of a sum of two a compiler fuses may
+ * differ from one inlined copy to the next, and bits with it: such sums are written with this. */
+MVN_INLINE mvn_vec mvn_fma(mvn_vec x, mvn_vec y, mvn_vec z) {
 #if MVN_LANES == 8
-#define MVN_GATHER(real) (mvn_vec){ \
-    MVN_AT(real, 0), MVN_AT(real, 1), MVN_AT(real, 2), MVN_AT(real, 3), \
-    MVN_AT(real, 4), MVN_AT(real, 5), MVN_AT(real, 6), MVN_AT(real, 7)}
-#elif MVN_LANES == 4
-#define MVN_GATHER(real) (mvn_vec){ \
-    MVN_AT(real, 0), MVN_AT(real, 1), MVN_AT(real, 2), MVN_AT(real, 3)}
+    return (mvn_vec)_mm512_fmadd_pd((__m512d)x, (__m512d)y, (__m512d)z);
+#elif MVN_LANES == 4 && defined(__FMA__)
+    return (mvn_vec)_mm256_fmadd_pd((__m256d)x, (__m256d)y, (__m256d)z);
+#elif defined(__aarch64__)
+    return (mvn_vec)vfmaq_f64((float64x2_t)z, (float64x2_t)x, (float64x2_t)y);
 #else
-#define MVN_GATHER(real) (mvn_vec){MVN_AT(real, 0), MVN_AT(real, 1)}
+    return x * y + z;
 #endif
-#define MVN_AT(real, lane) *(const real *)(at[lane] + offset)
-MVN_INLINE mvn_vec mvn_gather_f32(char *const *at, ptrdiff_t offset) { return MVN_GATHER(float); }
-MVN_INLINE mvn_vec mvn_gather_f64(char *const *at, ptrdiff_t offset) { return MVN_GATHER(double); }
+}
+
+/* A vector's elements, x(0) .. x(LANES - 1). */
+#if MVN_LANES == 8
+#define MVN_EVERY(x) {x(0), x(1), x(2), x(3), x(4), x(5), x(6), x(7)}
+#elif MVN_LANES == 4
+#define MVN_EVERY(x) {x(0), x(1), x(2), x(3)}
+#else
+#define MVN_EVERY(x) {x(0), x(1)}
+#endif
+
+/* One element of LANES arrays, which begin at `at`, side by side. */
+MVN_INLINE mvn_vec mvn_gather_f32(char *const *at, ptrdiff_t offset) {
+#define MVN_AT(lane) *(const float *)(at[lane] + offset)
+    return (mvn_vec)MVN_EVERY(MVN_AT);
+#undef MVN_AT
+}
+MVN_INLINE mvn_vec mvn_gather_f64(char *const *at, ptrdiff_t offset) {
+#define MVN_AT(lane) *(const double *)(at[lane] + offset)
+    return (mvn_vec)MVN_EVERY(MVN_AT);
+#undef MVN_AT
+}
 
 /* LANES numbers that lie `outer` bytes apart. */
-#if MVN_LANES == 8
-#define MVN_SPREAD(real) (mvn_vec){ \
-    MVN_STEP(real, 0), MVN_STEP(real, 1), MVN_STEP(real, 2), MVN_STEP(real, 3), \
-    MVN_STEP(real, 4), MVN_STEP(real, 5), MVN_STEP(real, 6), MVN_STEP(real, 7)}
-#elif MVN_LANES == 4
-#define MVN_SPREAD(real) (mvn_vec){ \
-    MVN_STEP(real, 0), MVN_STEP(real, 1), MVN_STEP(real, 2), MVN_STEP(real, 3)}
-#else
-#define MVN_SPREAD(real) (mvn_vec){MVN_STEP(real, 0), MVN_STEP(real, 1)}
-#endif
-#define MVN_STEP(real, lane) *(const real *)(at + (lane) * outer)
 MVN_INLINE mvn_vec mvn_spread(const char *at, ptrdiff_t outer, int single) {
-    return single ? MVN_SPREAD(float) : MVN_SPREAD(double);
+#define MVN_FLOAT(lane) *(const float *)(at + (lane) * outer)
+#define MVN_DOUBLE(lane) *(const double *)(at + (lane) * outer)
+    return single ? (mvn_vec)MVN_EVERY(MVN_FLOAT) : (mvn_vec)MVN_EVERY(MVN_DOUBLE);
 }
 
 /* The same of two elements that lie side by side; with AVX in three or four instructions a vector,
@@ -209,16 +223,12 @@ ATANH_TAIL_F64(mvn_atanh_tail, mvn_vec)
 
 /* The bits of 1.5, the sign, the exponent of 2^52, sign and exponent. In memory, where `used` keeps
  * them: GCC would compose each anew with three instructions. */
-#if MVN_LANES == 8
-#define MVN_EVERY(x) {x, x, x, x, x, x, x, x}
-#elif MVN_LANES == 4
-#define MVN_EVERY(x) {x, x, x, x}
-#else
-#define MVN_EVERY(x) {x, x}
-#endif
+#define MVN_WORD_0(lane) (uint64_t)0x7ff << 51
+#define MVN_WORD_1(lane) (uint64_t)1 << 63
+#define MVN_WORD_2(lane) (uint64_t)0x433 << 52
+#define MVN_WORD_3(lane) (uint64_t)0xfff << 52
 static mvn_words mvn_consts[4] __attribute__((used)) = {
-    MVN_EVERY((uint64_t)0x7ff << 51), MVN_EVERY((uint64_t)1 << 63),
-    MVN_EVERY((uint64_t)0x433 << 52), MVN_EVERY((uint64_t)0xfff << 52)};
+    MVN_EVERY(MVN_WORD_0), MVN_EVERY(MVN_WORD_1), MVN_EVERY(MVN_WORD_2), MVN_EVERY(MVN_WORD_3)};
 
 /* sum_i (t_i - log1p(t_i)) over up to four, from t_i = x_i / y_i - 1 and u_i = x_i / y_i, with one
  * logarithm. With S = sum t_i, U = prod u_i = 1 + T, T = S + R, where R holds the products of two
@@ -231,11 +241,11 @@ MVN_INLINE mvn_vec mvn_terms(
     const mvn_vec *t, const mvn_vec *u, const int count, mvn_bits *bad) {
     mvn_vec sum = t[0], rest = {0}, total = t[0], product = u[0], squares = t[0] * t[0];
     MVN_UNROLL for (int i = 1; i < count; i++) {
-        rest += total * t[i];
+        rest = mvn_fma(total, t[i], rest);
         sum += t[i];
         total = sum + rest;
         product *= u[i];
-        squares += t[i] * t[i];
+        squares = mvn_fma(t[i], t[i], squares);
     }
     mvn_bits moderate = (mvn_bits)(squares < 0.25), small = (mvn_bits)(squares < 0.019);
     mvn_vec ratio = mvn_pick(moderate, 1.0 + total, product);
@@ -266,14 +276,17 @@ typedef struct {            /* one distribution of every item: addresses, and st
 
 typedef struct { mvn_vec l[MVN_SMALL_TRIANGLE], reciprocal[MVN_SMALL]; } mvn_small_factor;
 
-/* Asks for part number `part` of `parts` of a group's matrices, if they lie side by side: in the
- * order of memory, in which processors go on by themselves. Beyond the last item it asks in vain. */
+#define MVN_AHEAD 2048 /* bytes, at least */
+
+/* Asks for `count` n-ths, from number i on, of the matrices two groups or more after that of
+ * `item`, if they lie side by side. Beyond the last item it asks in vain. */
 MVN_INLINE void mvn_prefetch_group(
-    const mvn_side *s, ptrdiff_t item, ptrdiff_t part, ptrdiff_t parts, ptrdiff_t most) {
-    const char *begin = s->matrix + item * s->matrix_outer;
-    const ptrdiff_t size = MVN_LANES * s->matrix_outer / parts;
-    if (s->matrix_outer > most * most * (ptrdiff_t)sizeof(double)) return;
-    for (ptrdiff_t at = part * size; at < (part + 1) * size; at += 64) {
+    const mvn_side *s, ptrdiff_t item, ptrdiff_t i, ptrdiff_t count, ptrdiff_t n, int single) {
+    const ptrdiff_t size = single ? sizeof(float) : sizeof(double), share = MVN_LANES * n * size;
+    const char *begin = s->matrix + item * s->matrix_outer + i * share;
+    if (s->shared || s->matrix_outer > n * n * size) return;
+    begin += 2 * n * share > MVN_AHEAD ? 2 * n * share : MVN_AHEAD;
+    MVN_UNROLL for (ptrdiff_t at = 0; at < count * share; at += 64) {
         __builtin_prefetch(begin + at, 0, 3);
     }
 }
@@ -306,27 +319,33 @@ MVN_INLINE void mvn_small_eliminate(
     }
 }
 
-/* A side of a group, LANES items from one on; in a batch of fewer, one item with strides of 0.
- * `solved`: systems are, with the factor. */
+/* Whether rows of a side's factors are read when they are needed, once; others are in memory then,
+ * as they have to be computed first or serve all groups. */
+MVN_INLINE int mvn_by_rows(const mvn_side *s) { return !s->covariance && !s->shared; }
+
+/* Row i of a side of a group, LANES items from one on; in a batch of fewer, one item with strides
+ * of 0. `solved`: systems are, with the factor. */
+MVN_INLINE void mvn_small_row(
+    const mvn_side *s, ptrdiff_t item, int solved, mvn_small_factor *factor, const int i,
+    const int single) {
+    const char *at = s->matrix + item * s->matrix_outer + i * s->row;
+    mvn_vec *row = factor->l + MVN_TRIANGLE(i, 0);
+    mvn_read(row, at, s->matrix_outer, s->column, i + 1, single);
+    if (solved) factor->reciprocal[i] = 1.0 / row[i];
+}
+
 MVN_INLINE void mvn_small_load(
     const mvn_side *s, ptrdiff_t item, int solved, mvn_small_factor *factor, const int n,
     const int single) {
-    const ptrdiff_t outer = s->matrix_outer, below = s->row, column = s->column;
-    const char *at = s->matrix + item * s->matrix_outer;
     mvn_vec unit[MVN_SMALL_TRIANGLE], inverse[MVN_SMALL];
     if (s->covariance) {
         MVN_EACH(i, 0, n) {
-            mvn_vec row[MVN_SMALL];
-            mvn_read(row, at + i * below, outer, column, i + 1, single);
+            mvn_vec *row = factor->l + MVN_TRIANGLE(i, 0);
+            mvn_small_row(s, item, 0, factor, i, single);
             mvn_small_eliminate(row, unit, inverse, factor->reciprocal, solved, i, n);
-            MVN_EACH(j, 0, i + 1) factor->l[MVN_TRIANGLE(i, j)] = row[j];
         }
-        return;
-    }
-    MVN_EACH(i, 0, n) {
-        mvn_vec *row = factor->l + MVN_TRIANGLE(i, 0);
-        mvn_read(row, at + i * below, outer, column, i + 1, single);
-        if (solved) factor->reciprocal[i] = 1.0 / row[i];
+    } else {
+        MVN_EACH(i, 0, n) mvn_small_row(s, item, solved, factor, i, single);
     }
 }
 
@@ -335,64 +354,98 @@ MVN_INLINE void mvn_small_loc(
     mvn_read(loc, s->loc + item * s->loc_outer, s->loc_outer, s->loc_inner, n, single);
 }
 
-/* The divergences of a group, NaN where other formulas may know more; `q` is NULL for N(0, I). */
+/* Row i of [z | Y] = L_q^-1 ([mu_p | L_p] - [mu_q | L_q]) from the rows above and its own z, not
+ * solved yet. Adds its squares to `total`. */
+MVN_INLINE void mvn_small_whiten(
+    const mvn_vec *p, const mvn_vec *q, mvn_vec reciprocal, mvn_vec (*y)[MVN_SMALL + 1],
+    mvn_vec *total, const int i) {
+    MVN_EACH(j, 0, i + 1) y[i][j + 1] = p[j] - q[j];
+    MVN_EACH(k, 0, i) {
+        MVN_EACH(j, 0, k + 2) y[i][j] -= q[k] * y[k][j];
+    }
+    MVN_EACH(j, 0, i + 2) {
+        y[i][j] *= reciprocal;
+        total[j % 4] = mvn_fma(y[i][j], y[i][j], total[j % 4]);
+    }
+}
+
+/* The divergences of a group, NaN where other formulas may know more; `q` is NULL for N(0, I).
+ * `fresh`: shared factors have not been loaded yet. */
 MVN_INLINE mvn_vec mvn_small_group(
     const mvn_side *p, const mvn_side *q, ptrdiff_t item, mvn_small_factor *a,
-    mvn_small_factor *b, int load_p, int load_q, const int n, const int single) {
-    mvn_vec z[MVN_SMALL], t[MVN_SMALL], u[MVN_SMALL], squares[2] = {{0}, {0}}, kl;
+    mvn_small_factor *b, int fresh, const int n, const int single) {
+    const int rows_p = mvn_by_rows(p), rows_q = q && mvn_by_rows(q);
+    mvn_vec y[MVN_SMALL][MVN_SMALL + 1], z[MVN_SMALL], other[MVN_SMALL], total[4] = {{0}};
+    mvn_vec t[MVN_SMALL], u[MVN_SMALL], kl;
     mvn_bits bad = {0};
-    if (load_p) mvn_small_load(p, item, 0, a, n, single);
-    if (load_q) mvn_small_load(q, item, 1, b, n, single);
+    if (!rows_p && (fresh || !p->shared)) mvn_small_load(p, item, 0, a, n, single);
+    if (q && !rows_q && (fresh || !q->shared)) mvn_small_load(q, item, 1, b, n, single);
     mvn_small_loc(p, item, z, n, single);
     if (!q) {
         MVN_EACH(i, 0, n) {
-            u[i] = a->l[MVN_TRIANGLE(i, i)];
+            const mvn_vec *row = a->l + MVN_TRIANGLE(i, 0);
+            mvn_prefetch_group(p, item, i, 1, n, single);
+            if (rows_p) mvn_small_row(p, item, 0, a, i, single);
+            u[i] = row[i];
             t[i] = u[i] - 1.0;
             bad |= (mvn_bits)u[i];
-            squares[0] += z[i] * z[i] + t[i] * t[i];
-            MVN_EACH(j, 0, i) squares[1] += a->l[MVN_TRIANGLE(i, j)] * a->l[MVN_TRIANGLE(i, j)];
+            total[0] = mvn_fma(z[i], z[i], total[0]);
+            total[1] = mvn_fma(t[i], t[i], total[1]);
+            MVN_EACH(j, 0, i) total[2] = mvn_fma(row[j], row[j], total[2]);
         }
     } else {
-        mvn_vec column[MVN_SMALL];
-        mvn_small_loc(q, item, column, n, single);
+        mvn_small_loc(q, item, other, n, single);
         MVN_EACH(i, 0, n) {
-            const mvn_vec *row = b->l + MVN_TRIANGLE(i, 0);
-            z[i] -= column[i];
-            MVN_EACH(k, 0, i) z[i] -= row[k] * z[k];
-            z[i] *= b->reciprocal[i];
-            squares[0] += z[i] * z[i];
-        }
-        MVN_EACH(j, 0, n) {
-            MVN_EACH(i, j, n) {
-                const mvn_vec *row = b->l + MVN_TRIANGLE(i, 0);
-                column[i] = a->l[MVN_TRIANGLE(i, j)] - row[j];
-                MVN_EACH(k, j, i) column[i] -= row[k] * column[k];
-                column[i] *= b->reciprocal[i];
-                squares[1] += column[i] * column[i];
-            }
-            t[j] = column[j];
-            u[j] = a->l[MVN_TRIANGLE(j, j)] * b->reciprocal[j];
-            bad |= (mvn_bits)a->l[MVN_TRIANGLE(j, j)] | (mvn_bits)b->reciprocal[j];
+            const mvn_vec *row_p = a->l + MVN_TRIANGLE(i, 0), *row_q = b->l + MVN_TRIANGLE(i, 0);
+            const mvn_vec *reciprocal = b->reciprocal + i;
+            mvn_prefetch_group(p, item, i, 1, n, single);
+            mvn_prefetch_group(q, item, i, 1, n, single);
+            if (rows_p) mvn_small_row(p, item, 0, a, i, single);
+            if (rows_q) mvn_small_row(q, item, 1, b, i, single);
+            y[i][0] = z[i] - other[i];
+            mvn_small_whiten(row_p, row_q, *reciprocal, y, total, i);
+            t[i] = y[i][i + 1];
+            u[i] = row_p[i] * *reciprocal;
+            bad |= (mvn_bits)row_p[i] | (mvn_bits)*reciprocal;
         }
     }
-    kl = 0.5 * (squares[0] + squares[1]) + mvn_terms(t, u, n < 4 ? n : 4, &bad);
+    kl = 0.5 * ((total[0] + total[1]) + (total[2] + total[3]));
+    kl += mvn_terms(t, u, n < 4 ? n : 4, &bad);
     if (n > 4) kl += mvn_terms(t + 4, u + 4, n - 4, &bad);
     return (mvn_vec)((mvn_bits)kl | (bad < 0)); /* all bits set: NaN */
 }
 
-/* `groups` groups from item `first` on; `fresh`: shared factors have not been loaded yet. */
-MVN_INLINE void mvn_small_groups(
+/* `groups` groups from item `first` on. */
+MVN_INLINE void mvn_small_each(
     const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups, mvn_small_factor *a,
     mvn_small_factor *b, int fresh, double *kl, const int n, const int single) {
     for (ptrdiff_t group = 0; group < groups; group++) {
-        ptrdiff_t item = first + group * MVN_LANES;
-        int begin = fresh && group == 0;
-        if (n > 3) {
-            mvn_prefetch_group(p, item + MVN_LANES, 0, 1, n);
-            if (q) mvn_prefetch_group(q, item + MVN_LANES, 0, 1, n);
-        }
         *(mvn_loose *)(kl + group * MVN_LANES) = mvn_small_group(
-            p, q, item, a, b, begin || !p->shared, q && (begin || !q->shared), n, single);
+            p, q, first + group * MVN_LANES, a, b, fresh && group == 0, n, single);
+    }
+}
+
+/* A side whose items are factors that lie one after the other, without gaps. */
+MVN_INLINE mvn_side mvn_packed(const mvn_side *s, ptrdiff_t n, int single) {
+    const ptrdiff_t size = single ? sizeof(float) : sizeof(double);
+    return (mvn_side){
+        .loc = s->loc, .loc_outer = n * size, .loc_inner = size, .matrix = s->matrix,
+        .matrix_outer = n * n * size, .row = n * size, .column = size};
+}
+
+MVN_INLINE int mvn_same(const mvn_side *a, const mvn_side *b) { return !memcmp(a, b, sizeof *a); }
+
+/* The same, with all strides known beforehand where both sides are packed: of what is executed
+ * otherwise, a third is the arithmetic of addresses. */
+MVN_INLINE void mvn_small_groups(
+    const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups, mvn_small_factor *a,
+    mvn_small_factor *b, int fresh, double *kl, const int n, const int single) {
+    const mvn_side packed_p = mvn_packed(p, n, single), packed_q = mvn_packed(q ? q : p, n, single);
+    if (q && mvn_same(p, &packed_p) && mvn_same(q, &packed_q)) {
+        mvn_small_factor rows_p, rows_q;
+        mvn_small_each(&packed_p, &packed_q, first, groups, &rows_p, &rows_q, 1, kl, n, single);
+    } else {
+        mvn_small_each(p, q, first, groups, a, b, fresh, kl, n, single);
     }
 }
 
@@ -415,6 +468,7 @@ static void mvn_small_f64(
 
 /* ---- lanes ---------------------------------------------------------------------------------- */
 
+#define MVN_STRIDE(n) (((n) + 4) / 4 * 4)
 #define MVN_LANES_LIMIT 24 /* rows up to which items in lanes are faster than one by one */
 
 /* LANES items side by side: [mu | L] of all of them, n rows (n even) of `stride` vectors, mu in
@@ -423,24 +477,48 @@ static void mvn_small_f64(
 
 /* A side of a group. An odd number of rows gets one more, of an identity: it adds nothing. */
 MVN_INLINE void mvn_lanes_loc(
-    mvn_vec *a, const mvn_side *s, ptrdiff_t item, ptrdiff_t stride, ptrdiff_t n,
-    int single) {
-    mvn_vec line[MVN_LANES_LIMIT];
-    mvn_read(line, s->loc + item * s->loc_outer, s->loc_outer, s->loc_inner, n, single);
-    for (ptrdiff_t i = 0; i < n; i++) a[i * stride] = line[i];
+    mvn_vec *loc, const mvn_side *s, ptrdiff_t item, ptrdiff_t n, int single) {
+    for (ptrdiff_t i = 0; i < n; i++) {
+        loc[i] = mvn_spread(s->loc + item * s->loc_outer + i * s->loc_inner, s->loc_outer, single);
+    }
+    if (n % 2) loc[n] = (mvn_vec){0};
 }
 
+/* Rows i and i + 1 of L, i even. */
 MVN_INLINE void mvn_lanes_rows(
-    mvn_vec *a, const mvn_side *s, ptrdiff_t item, ptrdiff_t stride, ptrdiff_t n,
-    ptrdiff_t first, ptrdiff_t last, int single) {
-    const char *matrix = s->matrix + item * s->matrix_outer;
-    const ptrdiff_t outer = s->matrix_outer, row = s->row, column = s->column;
-    for (ptrdiff_t i = first; i < last && i < n; i++) {
-        mvn_read(a + i * stride + 1, matrix + i * row, outer, column, i + 1, single);
+    mvn_vec *rows, const mvn_side *s, ptrdiff_t item, ptrdiff_t stride, ptrdiff_t n, ptrdiff_t i,
+    int single) {
+    const ptrdiff_t outer = s->matrix_outer, column = s->column, below = i + 1 < n ? s->row : 0;
+    const ptrdiff_t size = single ? sizeof(float) : sizeof(double);
+    const char *at = s->matrix + item * outer + i * s->row;
+    mvn_vec *upper = rows + 1, *lower = rows + stride + 1;
+    for (ptrdiff_t j = 0; j < i; j += 2) {
+        if (column == size) {
+            mvn_pair(at, outer, upper + j, single);
+            mvn_pair(at + below, outer, lower + j, single);
+        } else {
+            MVN_UNROLL for (int c = 0; c < 2; c++) {
+                upper[j + c] = mvn_spread(at + c * column, outer, single);
+                lower[j + c] = mvn_spread(at + below + c * column, outer, single);
+            }
+        }
+        at += 2 * column;
     }
-    if (last > n) {
-        for (ptrdiff_t j = 0; j <= n; j++) a[n * stride + j] = (mvn_vec){0};
-        a[n * stride + n + 1] = mvn_ones();
+    upper[i] = mvn_spread(at, outer, single);
+    if (i + 1 < n) {
+        lower[i] = mvn_spread(at + below, outer, single);
+        lower[i + 1] = mvn_spread(at + below + column, outer, single);
+    } else {
+        for (ptrdiff_t j = 0; j <= i; j++) lower[j] = (mvn_vec){0};
+        lower[i + 1] = mvn_ones();
+    }
+}
+
+/* Zeros after the diagonal in two rows where others were before, to the end of a tile. */
+MVN_INLINE void mvn_lanes_end(mvn_vec *rows, ptrdiff_t stride, ptrdiff_t i) {
+    rows[i + 2] = (mvn_vec){0};
+    for (ptrdiff_t j = i + 3; j <= ((i + 2) | 3); j++) {
+        rows[j] = rows[stride + j] = (mvn_vec){0};
     }
 }
 
@@ -499,17 +577,16 @@ MVN_INLINE void mvn_lanes_reciprocals(
 }
 
 /* Rows i and i + 1 of [z | Y] = L_q^-1 ([mu_p | L_p] - [mu_q | L_q]) by forward substitution, four
- * columns at a time. Adds their squares to `total`. */
+ * columns at a time, from the same rows `p` and `q`. Adds their squares to `total`. */
 MVN_INLINE void mvn_lanes_whiten_rows(
     const mvn_vec *p, const mvn_vec *q, const mvn_vec *reciprocal, mvn_vec *y, mvn_vec *total,
     ptrdiff_t stride, ptrdiff_t i) {
-    const mvn_vec *l = q + i * stride + 1;
+    const mvn_vec *l = q + 1;
     for (ptrdiff_t j = 0; j <= i + 2; j += 4) {
-        ptrdiff_t at = i * stride + j;
         mvn_vec sum[2][4];
         MVN_UNROLL for (int c = 0; c < 4; c++) {
-            sum[0][c] = p[at + c] - q[at + c];
-            sum[1][c] = p[at + stride + c] - q[at + stride + c];
+            sum[0][c] = p[j + c] - q[j + c];
+            sum[1][c] = p[stride + j + c] - q[stride + j + c];
         }
         for (ptrdiff_t k = j > 0 ? j - 1 : 0; k < i; k++) {
             MVN_UNROLL for (int c = 0; c < 4; c++) {
@@ -520,9 +597,10 @@ MVN_INLINE void mvn_lanes_whiten_rows(
         MVN_UNROLL for (int c = 0; c < 4; c++) {
             sum[0][c] *= reciprocal[i];
             sum[1][c] = (sum[1][c] - l[stride + i] * sum[0][c]) * reciprocal[i + 1];
-            y[at + c] = sum[0][c];
-            y[at + stride + c] = sum[1][c];
-            total[c] += sum[0][c] * sum[0][c] + sum[1][c] * sum[1][c];
+            y[i * stride + j + c] = sum[0][c];
+            y[(i + 1) * stride + j + c] = sum[1][c];
+            total[c] = mvn_fma(sum[0][c], sum[0][c], total[c]);
+            total[c] = mvn_fma(sum[1][c], sum[1][c], total[c]);
         }
     }
 }
@@ -533,7 +611,7 @@ MVN_INLINE void mvn_lanes_whiten(
     ptrdiff_t stride, ptrdiff_t n) {
     mvn_vec total[4] = {{0}};
     for (ptrdiff_t i = 0; i < n; i += 2) {
-        mvn_lanes_whiten_rows(p, q, reciprocal, y, total, stride, i);
+        mvn_lanes_whiten_rows(p + i * stride, q + i * stride, reciprocal, y, total, stride, i);
     }
     *squares = (total[0] + total[1]) + (total[2] + total[3]);
 }
@@ -552,18 +630,17 @@ MVN_INLINE void mvn_lanes_whiten_standard(
     *squares = rest + diagonal;
 }
 
-/* The divergences of LANES items by `mvn_terms`, NaN where other formulas may know more: from L_p,
- * 1 / L_q,ii, [z | Y] and |z|^2 + |Y|^2. */
+/* The divergences of LANES items by `mvn_terms`, NaN where other formulas may know more: from
+ * L_p,ii, 1 / L_q,ii, [z | Y] and |z|^2 + |Y|^2. */
 MVN_INLINE void mvn_lanes_sum(
-    const mvn_vec *p, const mvn_vec *reciprocal, const mvn_vec *y, const mvn_vec *squares,
+    const mvn_vec *x, const mvn_vec *reciprocal, const mvn_vec *y, const mvn_vec *squares,
     ptrdiff_t stride, ptrdiff_t n, double *kl) {
     mvn_vec t[MVN_LANES_LIMIT], u[MVN_LANES_LIMIT], sum = 0.5 * *squares;
     mvn_bits bad = {0};
     for (ptrdiff_t i = 0; i < n; i++) {
-        mvn_vec x = p[i * stride + i + 1];
         t[i] = y[i * stride + i + 1];
-        u[i] = x * reciprocal[i];
-        bad |= (mvn_bits)x | (mvn_bits)reciprocal[i];
+        u[i] = x[i] * reciprocal[i];
+        bad |= (mvn_bits)x[i] | (mvn_bits)reciprocal[i];
     }
     for (ptrdiff_t i = 0; i + 4 <= n; i += 4) sum += mvn_terms(t + i, u + i, 4, &bad);
     if (n % 4) sum += mvn_terms(t + n - 2, u + n - 2, 2, &bad);
@@ -574,35 +651,67 @@ MVN_INLINE void mvn_lanes_sum(
 typedef struct { mvn_vec *p, *q, *y, *reciprocal; } mvn_lanes;
 
 /* The divergences of a group; `q` is NULL for N(0, I). Rows of factors are read as they are needed,
- * and the next group's are asked for. */
-MVN_INLINE void mvn_lanes_group(
+ * two at a time into the place of the two before: the cache has room for the groups asked for. */
+MVN_INLINE void mvn_lanes_divergences(
     const mvn_lanes *a, const mvn_side *p, const mvn_side *q, ptrdiff_t item, int load_p,
     int load_q, ptrdiff_t stride, ptrdiff_t n, double *kl, int single) {
     mvn_vec total[4] = {{0}}, unused[MVN_LANES_LIMIT], squares;
-    ptrdiff_t even = n + n % 2;
-    int rows_p = load_p && q && !p->covariance, rows_q = load_q && !q->covariance;
-    if (load_p && !rows_p) mvn_lanes_rows(a->p, p, item, stride, n, 0, even, single);
-    if (load_p && p->covariance) mvn_lanes_cholesky(a->p, unused, stride, even);
-    mvn_lanes_loc(a->p, p, item, stride, n, single);
-    if (load_q && q->covariance) {
-        mvn_lanes_rows(a->q, q, item, stride, n, 0, even, single);
-        mvn_lanes_cholesky(a->q, a->reciprocal, stride, even);
+    mvn_vec loc_p[MVN_LANES_LIMIT], loc_q[MVN_LANES_LIMIT], x[MVN_LANES_LIMIT];
+    const ptrdiff_t even = n + n % 2;
+    const int rows_p = q && mvn_by_rows(p), rows_q = q && mvn_by_rows(q);
+    mvn_lanes_loc(loc_p, p, item, n, single);
+    if (q) mvn_lanes_loc(loc_q, q, item, n, single);
+    for (ptrdiff_t i = 0; i < even; i += 2) {
+        if (load_p && !rows_p) mvn_lanes_rows(a->p + i * stride, p, item, stride, n, i, single);
+        if (load_q && !rows_q) mvn_lanes_rows(a->q + i * stride, q, item, stride, n, i, single);
     }
-    if (q) mvn_lanes_loc(a->q, q, item, stride, n, single);
-    for (ptrdiff_t i = 0; q && i < even; i += 2) {
-        mvn_prefetch_group(p, item + MVN_LANES, i / 2, even / 2, n);
-        mvn_prefetch_group(q, item + MVN_LANES, i / 2, even / 2, n);
-        if (rows_p) mvn_lanes_rows(a->p, p, item, stride, n, i, i + 2, single);
-        if (rows_q) {
-            mvn_lanes_rows(a->q, q, item, stride, n, i, i + 2, single);
-            a->reciprocal[i] = 1.0 / a->q[i * stride + i + 1];
-            a->reciprocal[i + 1] = 1.0 / a->q[(i + 1) * stride + i + 2];
+    if (load_p && p->covariance) mvn_lanes_cholesky(a->p, unused, stride, even);
+    if (load_q && q->covariance) mvn_lanes_cholesky(a->q, a->reciprocal, stride, even);
+    for (ptrdiff_t i = 0; i < even; i += 2) {
+        mvn_vec *row_p = a->p + (rows_p ? 0 : i * stride);
+        mvn_vec *row_q = a->q + (rows_q ? 0 : i * stride);
+        row_p[0] = loc_p[i];
+        row_p[stride] = loc_p[i + 1];
+        mvn_prefetch_group(p, item, i, 2, n, single);
+        if (rows_p) {
+            mvn_lanes_rows(row_p, p, item, stride, n, i, single);
+            mvn_lanes_end(row_p, stride, i);
         }
-        mvn_lanes_whiten_rows(a->p, a->q, a->reciprocal, a->y, total, stride, i);
+        x[i] = row_p[i + 1];
+        x[i + 1] = row_p[stride + i + 2];
+        if (!q) continue;
+        row_q[0] = loc_q[i];
+        row_q[stride] = loc_q[i + 1];
+        mvn_prefetch_group(q, item, i, 2, n, single);
+        if (rows_q) {
+            mvn_lanes_rows(row_q, q, item, stride, n, i, single);
+            mvn_lanes_end(row_q, stride, i);
+        }
+        if (!q->covariance) {
+            a->reciprocal[i] = 1.0 / row_q[i + 1];
+            a->reciprocal[i + 1] = 1.0 / row_q[stride + i + 2];
+        }
+        mvn_lanes_whiten_rows(row_p, row_q, a->reciprocal, a->y, total, stride, i);
     }
     squares = (total[0] + total[1]) + (total[2] + total[3]);
     if (!q) mvn_lanes_whiten_standard(a->p, a->y, &squares, stride, even);
-    mvn_lanes_sum(a->p, a->reciprocal, a->y, &squares, stride, even, kl);
+    mvn_lanes_sum(x, a->reciprocal, a->y, &squares, stride, even, kl);
+}
+MVN_INLINE void mvn_lanes_group(
+    const mvn_lanes *a, const mvn_side *p, const mvn_side *q, ptrdiff_t item, int load_p,
+    int load_q, ptrdiff_t stride, ptrdiff_t n, double *kl, int single) {
+    const mvn_side packed_p = mvn_packed(p, n, single), packed_q = mvn_packed(q ? q : p, n, single);
+    const mvn_side *all_p = &packed_p, *all_q = &packed_q;
+    if (q && mvn_same(p, all_p) && mvn_same(q, all_q)) {
+        if (n == 16) { /* often met: with the bounds of loops known, too */
+            const mvn_side p_16 = mvn_packed(p, 16, single), q_16 = mvn_packed(q, 16, single);
+            mvn_lanes_divergences(a, &p_16, &q_16, item, 1, 1, MVN_STRIDE(16), 16, kl, single);
+        } else {
+            mvn_lanes_divergences(a, all_p, all_q, item, 1, 1, stride, n, kl, single);
+        }
+    } else {
+        mvn_lanes_divergences(a, p, q, item, load_p, load_q, stride, n, kl, single);
+    }
 }
 static inline void mvn_lanes_group_f32(
     const mvn_lanes *a, const mvn_side *p, const mvn_side *q, ptrdiff_t item,

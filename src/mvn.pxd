@@ -71,6 +71,7 @@ cdef extern from "mvn.h" nogil:
     void lanes_group_f64 "mvn_lanes_group_f64"(
         const Lanes *a, const Side *p, const Side *q, npy_intp item, bint load_p,
         bint load_q, npy_intp stride, npy_intp n, double *kl)
+    npy_intp lanes_stride "MVN_STRIDE"(npy_intp n)
     vec ones "mvn_ones"()
     void lanes_cholesky "mvn_lanes_cholesky"(vec *a, vec *reciprocal, npy_intp stride, npy_intp n)
     void lanes_reciprocals "mvn_lanes_reciprocals"(
@@ -266,7 +267,7 @@ cdef inline void lanes_group(const Lanes *a, const Side *p, const Side *q, npy_i
 
 cdef inline int lanes_rows(const Batch *batch, npy_intp first, npy_intp last, const Side *p,
                            const Side *q, npy_intp n, real type_tag) noexcept nogil:
-    cdef npy_intp even = n + n % 2, stride = (n + 4) // 4 * 4, square = (even + 2) * stride
+    cdef npy_intp even = n + n % 2, stride = lanes_stride(n), square = (even + 2) * stride
     cdef npy_intp item = first, i
     cdef Side one_p, one_q
     cdef double kl[MOST_LANES]
