@@ -322,7 +322,7 @@ cdef void choose_loops(const Group *group, const real **x, const npy_intp *step,
 
 cdef int group_gradients(const Batch *batch, npy_intp first, const Kernel *kernel, Watch *watch,
                          Group *group, real of_type) noexcept nogil:
-    cdef real buffer[MAX_OPERANDS * NARROW_STRIP * LANES]
+    cdef real buffer[MAX_OPERANDS * STRIP * LANES]
     cdef real slopes[MAX_OPERANDS * SHORT_ROW * LANES]
     cdef const real *x[MAX_OPERANDS]
     cdef real *to[MAX_OPERANDS]

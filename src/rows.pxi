@@ -15,9 +15,9 @@ from gufunc cimport (
     INVALID, Batch, Kernel, Plan, Watch, look_for_signals, parallel_for, thread_limit,
 )
 from sums cimport (
-    BLOCK, LANES, MAX_OPERANDS, NARROW_STRIP, SHORT_ROW, STRIP, Family, Format, LaneParts, LaneSums,
-    Row, Sums, Trait, add, clear, clear_lanes, conditioning, copy, divergence_of, fill, least,
-    round_off, two_sum,
+    BLOCK, LANES, MAX_OPERANDS, SHORT_ROW, STRIP, Family, Format, LaneParts, LaneSums, Row, Sums,
+    Trait, add, clear, clear_lanes, conditioning, copy, divergence_of, fill, least, round_off,
+    two_sum,
 )
 from vecmath cimport (
     INFINITY, NAN, exp, floats_from_bfloat16, floats_from_float16, from_bfloat16, from_float16,
@@ -378,16 +378,17 @@ cdef void gather(int format, const char *data, npy_intp outer, npy_intp step, in
                  real *into) noexcept nogil:
     """into[i * LANES + lane] = element i of row `lane`, or of the first where there are no more
     rows."""
+    cdef real converted[LANES * STRIP]
     cdef int i, lane
-    cdef real row[NARROW_STRIP]
-    convert(format, data, step, n, row)
-    for i in range(n):
-        for lane in range(LANES):
-            into[i * LANES + lane] = row[i]
-    for lane in range(1, rows if outer else 1):
-        convert(format, data + lane * outer, step, n, row)
+    convert(format, data, step, n, converted)
+    if outer == 0:
         for i in range(n):
-            into[i * LANES + lane] = row[i]
+            for lane in range(LANES):
+                into[i * LANES + lane] = converted[i]
+        return
+    for lane in range(1, LANES):
+        convert(format, data + (lane if lane < rows else 0) * outer, step, n, converted + lane * n)
+    transpose(converted, n, n, into)
 
 
 cdef enum Layout:
@@ -400,7 +401,6 @@ ctypedef struct Rows:
     npy_intp outer[MAX_OPERANDS]     # bytes from one row to the next
     int layout[MAX_OPERANDS]
     int used                         # how many of LANES rows there are
-    int strip                        # elements of each that are summed together
     bint gapless                     # whether each row begins where the one before ends
 
 
@@ -414,17 +414,15 @@ cdef int layout_of(const Rows *rows, int operand, real of_type) noexcept nogil:
 
 cdef void choose_layout(Rows *rows, int used, real of_type) noexcept nogil:
     cdef int operand
-    rows.used, rows.strip, rows.gapless = used, STRIP, True
+    rows.used, rows.gapless = used, True
     for operand in range(rows.first.n_operands):
         rows.layout[operand] = layout_of(rows, operand, of_type)
-        if rows.layout[operand] != Layout.COLUMNS:
-            rows.strip = NARROW_STRIP
         rows.gapless &= rows.layout[operand] == Layout.ROWS and (
             rows.outer[operand] == rows.first.length * <npy_intp> sizeof(real))
 
 
 cdef inline int strip_length(const Rows *rows, npy_intp start) noexcept nogil:
-    return <int> min(<npy_intp> rows.strip, rows.first.length - start)
+    return <int> min(<npy_intp> STRIP, rows.first.length - start)
 
 
 cdef void load_strip(const Rows *rows, npy_intp start, int n, real *buffer, const real **x,
@@ -445,7 +443,7 @@ cdef void load_strip(const Rows *rows, npy_intp start, int n, real *buffer, cons
                       buffer)
         else:
             gather(row.format, data, rows.outer[operand], row.step[operand], n, rows.used, buffer)
-        buffer += NARROW_STRIP * LANES
+        buffer += STRIP * LANES
 
 
 cdef void columns(const Row *row, const real **x, const npy_intp *step, int n,
@@ -634,7 +632,7 @@ cdef inline bint all_good(const double *conditions) noexcept nogil:
 cdef void sum_rows(const Rows *rows, real *buffer, const real **x, const npy_intp *step,
                    LaneParts *parts) noexcept nogil:
     """The sums of LANES rows; their first strip is loaded."""
-    if rows.first.length <= rows.strip:
+    if rows.first.length <= STRIP:
         clear_lanes(&parts.sums)
         columns(&rows.first, x, step, <int> rows.first.length, parts)
     else:
@@ -702,7 +700,7 @@ cdef void rows_side_by_side(const Rows *rows, LaneParts *parts, double *values,
                             double *conditions, real of_type) noexcept nogil:
     """The values of LANES rows; those with a negative condition the fast formulas do not vouch
     for."""
-    cdef real buffer[MAX_OPERANDS * NARROW_STRIP * LANES]
+    cdef real buffer[MAX_OPERANDS * STRIP * LANES]
     cdef const Row *row = &rows.first
     cdef const real *x[MAX_OPERANDS]
     cdef npy_intp step[MAX_OPERANDS]

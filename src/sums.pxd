@@ -23,8 +23,7 @@ cdef enum:
     BLOCK = 1024       # elements of one row that are summed together
     HALF = LANES / 2
     QUARTER = LANES / 4
-    STRIP = 128        # elements of each of LANES rows that are summed together,
-    NARROW_STRIP = 64  # and that are gathered at a time
+    STRIP = 128        # elements of each of LANES rows that are summed together
     RUN = 8            # terms a lane sums in float before double takes over
     LONG_RUN = 32      # terms a lane sums in double before other sums take over
     LONGEST_RUN = LONG_RUN + LONG_RUN / 2
@@ -258,7 +257,7 @@ cdef enum Format:
     BFLOAT16
 
 cdef enum:
-    SHORT_ROW = 32      # below: side by side
+    SHORT_ROW = STRIP   # below: side by side, with fewer instructions up to 130 elements or so
 
 ctypedef struct Row:
     int family
