@@ -555,6 +555,7 @@ cdef void add_strip(LaneTotals *whole, const LaneParts *part, bint first,
         copy(part.shift, whole.shift)
         copy(part.peak, whole.peak)
         clear_lanes(&whole.rests)
+        copy(part.sums.rest, whole.rests.drift)
         return
     if shifted:
         add_shifted(whole, part)

@@ -44,7 +44,7 @@ def test_bound(entry, dtype, size):
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.id)
 def test_every_small_size(entry, dtype):
     near = [None, 1e-2, SMALLEST_RELATIVE_DIFFERENCE[dtype]]
-    for size in range(1, min(72, entry.max_size + 1)):
+    for size in range(1, min(100, entry.max_size + 1)):
         for eps in near:
             arrays = entry.inputs(dtype, (2,), size, eps, seed=1)
             entry.check(entry(arrays), arrays)

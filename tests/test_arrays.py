@@ -353,3 +353,20 @@ def test_columns_side_by_side(name, columns, size, dtype):
     double = {key: x.astype(np.float64) for key, x in arrays.items()}
     want = np.delete(function(**double, **entry.options), 7)
     assert_close(np.delete(got, 7), want, want, ROWS[dtype], {})
+
+
+@pytest.mark.parametrize("size", [1, 3, 10, 31, 33, 64, 77, 95])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("near", [None, 1e-3])
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.id)
+def test_short_rows_have_the_same_bits_however_they_lie(entry, near, dtype, size):
+    if size > entry.max_size:
+        pytest.skip("too large for the oracle")
+    arrays = entry.inputs(dtype, (13,), size, near)
+    want = entry(arrays)
+    alone = [entry({k: x[i] for k, x in arrays.items()}) for i in range(13)]
+    gaps = {k: np.concatenate([x, x], -1)[..., : x.shape[-1]] for k, x in arrays.items()}
+    columns = {k: np.asfortranarray(x) for k, x in arrays.items()}
+    np.testing.assert_array_equal(alone, want, err_msg=f"{arrays}")
+    np.testing.assert_array_equal(entry(gaps), want, err_msg=f"{arrays}")
+    np.testing.assert_array_equal(entry(columns), want, err_msg=f"{arrays}")
