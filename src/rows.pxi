@@ -439,6 +439,8 @@ cdef void load_strip(const Rows *rows, npy_intp start, int n, real *buffer, cons
             continue
         x[operand], step[operand] = buffer, LANES
         if rows.layout[operand] == Layout.ROWS:
+            if rows.outer[operand] == rows.first.length * <npy_intp> sizeof(real):
+                prefetch(data + 2 * LANES * rows.outer[operand], LANES * rows.outer[operand])
             transpose(<const real *> data, rows.outer[operand] // <npy_intp> sizeof(real), n,
                       buffer)
         else:
