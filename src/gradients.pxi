@@ -224,8 +224,7 @@ cdef int gradient_alone(const Batch *batch, npy_intp index, const Kernel *kernel
 # Short rows, LANES of them side by side.
 
 ctypedef struct Group:
-    Rows rows
-    LaneParts parts
+    Band band                   # of one group
     Slope slopes[LANES]
     double values[LANES]
     double conditions[LANES]    # negative: left to gradient_alone
@@ -254,24 +253,22 @@ cdef inline void lane_slope(const Row *row, const LaneParts *parts, int lane,
 
 cdef void sum_group(Group *group, real *buffer, const real **x, npy_intp *step) noexcept nogil:
     """Values and slopes; x, step: where the columns are."""
-    cdef const Row *row = &group.rows.first
+    cdef const Row *row = &group.band.rows.first
     cdef double before[LANES]
     cdef int lane, attempt
     fill(before, <double> -1)
-    begin_parts(&group.parts)
-    load_strip(&group.rows, 0, <int> row.length, buffer, x, step)
-    clear_lanes(&group.parts.sums)
-    columns(row, x, step, <int> row.length, &group.parts)
-    finish_lanes(row, &group.parts, group.values, group.conditions)
+    begin_band(&group.band)
+    sum_band(&group.band, buffer, x, step)
+    finish_lanes(row, group.band.parts, group.values, group.conditions)
     for attempt in range(2):
         for lane in range(LANES):
             group.slopes[lane].value = group.values[lane]
             if before[lane] < 0 and group.conditions[lane] >= 0:
-                lane_slope(row, &group.parts, lane, &group.slopes[lane], buffer[0])
+                lane_slope(row, group.band.parts, lane, &group.slopes[lane], buffer[0])
         if attempt or not can_refine(row) or all_good(group.conditions):
             return
         copy(group.conditions, before)
-        refine_rows(&group.rows, buffer, x, step, &group.parts, group.values, group.conditions)
+        refine_band(&group.band, buffer, x, step, group.values, group.conditions)
 
 
 cdef inline void store_columns(const Target *target, int format, int n, int lane,
@@ -287,7 +284,7 @@ cdef void slope_columns(const Group *group, int loop, const real **x, const npy_
                         int wanted, real **to) noexcept nogil:
     """The gradients of LANES rows, in columns."""
     cdef real constants[MAX_CONSTANTS]
-    cdef const Row *row = &group.rows.first
+    cdef const Row *row = &group.band.rows.first
     cdef int lane, n = <int> row.length
     if row.family == Family.NORMAL:
         for lane in range(LANES):
@@ -308,12 +305,12 @@ cdef void choose_loops(const Group *group, const real **x, const npy_intp *step,
     """That of each row by itself; there is but one for most families."""
     cdef real found[4 * LANES]
     cdef int lane
-    if group.rows.first.family != Family.CATEGORICAL:
+    if group.band.rows.first.family != Family.CATEGORICAL:
         for lane in range(LANES):
             loops[lane] = 0
         return
     nothing_found(found)
-    gap_ranges(x[0], x[1], step[0], step[1], <int> group.rows.first.length, found)
+    gap_ranges(x[0], x[1], step[0], step[1], <int> group.band.rows.first.length, found)
     for lane in range(LANES):
         loops[lane] = slope_loop(
             found[lane], found[LANES + lane], found[2 * LANES + lane], found[3 * LANES + lane],
@@ -328,15 +325,15 @@ cdef int group_gradients(const Batch *batch, npy_intp first, const Kernel *kerne
     cdef real *to[MAX_OPERANDS]
     cdef npy_intp step[MAX_OPERANDS]
     cdef int loops[LANES]
-    cdef const Row *row = &group.rows.first
+    cdef const Row *row = &group.band.rows.first
     cdef Target target
     cdef int status = 0, lane, operand, loop, done = 0, length = <int> row.length
-    cdef int all_lanes = (1 << group.rows.used) - 1, result = result_of(row)
+    cdef int all_lanes = (1 << group.band.rows.used) - 1, result = result_of(row)
     cdef bint constant = length == 1 and row.family != Family.NORMAL and row.normalize
     for operand in range(MAX_OPERANDS):
         to[operand] = slopes + operand * SHORT_ROW * LANES
     sum_group(group, buffer, x, step)
-    for lane in range(group.rows.used):
+    for lane in range(group.band.rows.used):
         if group.conditions[lane] < 0:
             status |= gradient_alone(batch, first + lane, kernel, watch, of_type)
             done |= 1 << lane
@@ -350,12 +347,12 @@ cdef int group_gradients(const Batch *batch, npy_intp first, const Kernel *kerne
     if done == all_lanes:
         return status
     choose_loops(group, x, step, loops)
-    for lane in range(group.rows.used):
+    for lane in range(group.band.rows.used):
         if done >> lane & 1:
             continue
         loop = loops[lane]
         slope_columns(group, loop, x, step, kernel.wanted, to)
-        for operand in range(lane, group.rows.used):
+        for operand in range(lane, group.band.rows.used):
             if loops[operand] == loop and not done >> operand & 1:
                 aim(batch, first + operand, row, kernel.wanted, &target)
                 store_columns(&target, row.format, length, operand, to)
@@ -370,16 +367,16 @@ cdef inline int gradients_in_groups(const Batch *batch, npy_intp first, npy_intp
     cdef Row row
     cdef int status = 0, lane, operand
     for operand in range(MAX_OPERANDS):
-        group.rows.outer[operand] = batch.outer[operand]
+        group.band.rows.outer[operand] = batch.outer[operand]
     while first < last:
         row = row_at(batch, first, kernel)
-        group.rows.first = row
-        choose_layout(&group.rows, <int> min(<npy_intp> LANES, last - first), of_type)
+        group.band.rows.first = row
+        choose_layout(&group.band.rows, <int> min(<npy_intp> LANES, last - first), of_type)
         for lane in range(LANES):
             memset(&group.slopes[lane], 0, sizeof(Slope))
             group.slopes[lane].weight = 1
-            start_slope(batch, first + min(lane, group.rows.used - 1), &row, &group.slopes[lane])
-            group.parts.beta[lane] = group.slopes[lane].beta
+            start_slope(batch, first + min(lane, group.band.rows.used - 1), &row, &group.slopes[lane])
+            group.band.parts[0].beta[lane] = group.slopes[lane].beta
         status |= group_gradients(batch, first, kernel, watch, &group, of_type)
         first += LANES
     return status

@@ -15,7 +15,7 @@ from gufunc cimport Watch, is_unwanted
 from libc.math cimport exp as libm_exp, expm1 as libm_expm1, fabs, log
 from numpy cimport npy_intp
 from sums cimport (
-    LANES, LONGEST_RUN, SHORT_ROW, LaneParts, LaneSums, Row, Sums, Trait, across, add, clear_lanes,
+    LANES, LONGEST_RUN, STRIP, LaneParts, LaneSums, Row, Sums, Trait, across, add, clear_lanes,
     copy, element, fill, fold, keep_from, largest, run_length,
 )
 from vecmath cimport (
@@ -243,8 +243,8 @@ cdef void normal_columns(const real **x, const npy_intp *step, int n, const Row 
         into.doubtful[lane] = 1 if doubts[lane] > 0 else into.doubtful[lane]
 
 
-cdef void add_columns(const real *terms, int n, double *sums) noexcept nogil:
-    """Add n columns of LANES terms, run by run."""
+cdef void add_columns(const real *terms, int width, int n, double *sums) noexcept nogil:
+    """Add n columns of terms, `width` elements apart, run by run."""
     cdef real run[LANES]
     cdef int lane, i, length
     while n > 0:
@@ -252,27 +252,30 @@ cdef void add_columns(const real *terms, int n, double *sums) noexcept nogil:
         fill(run, <real> 0)
         for i in range(length):
             for lane in range(LANES):
-                run[lane] += terms[i * LANES + lane]
+                run[lane] += terms[i * width + lane]
         fold(run, sums)
-        terms, n = terms + length * LANES, n - length
+        terms, n = terms + length * width, n - length
 
 
-cdef bint normal_gapless(const real **x, int n, const Row *row, LaneParts *into) noexcept nogil:
-    """As normal_columns, for LANES short rows, one after the other in memory: only the terms need
-    to be transposed. False where one is in doubt."""
-    cdef real terms[SHORT_ROW * LANES]
-    cdef real turned[SHORT_ROW * LANES]
+cdef bint normal_gapless(const real **x, int n, int groups, const Row *row,
+                         LaneParts *into) noexcept nogil:
+    """As normal_columns, for groups of LANES short rows, one after the other in memory, at most
+    STRIP * LANES elements: only the terms need to be transposed. False where one is in doubt."""
+    cdef real terms[STRIP * LANES]
+    cdef real turned[STRIP * LANES]
     cdef real doubts[LANES]
     cdef npy_intp step[4]
-    cdef int operand
+    cdef int operand, group
     fill(doubts, <real> 0)
     for operand in range(4):
         step[operand] = LANES
-    normal_loop(x, step, n, 0, row, terms, doubts, &into.sums)
+    normal_loop(x, step, groups * n, 0, row, terms, doubts, &into.sums)
     if largest(doubts) > 0:
         return False
-    transpose(terms, n, n, turned)
-    add_columns(turned, n, into.sums.divergence)
+    transpose(terms, n, n, groups * LANES, turned, groups * LANES)
+    for group in range(groups):
+        clear_lanes(&into[group].sums)
+        add_columns(turned + group * LANES, groups * LANES, n, into[group].sums.divergence)
     return True
 
 

@@ -26,8 +26,10 @@ from vecmath cimport (
 
 cdef extern from "transpose.h" nogil:
     void prefetch(const char *data, npy_intp n)
-    void transpose_f32(const float *x, npy_intp outer, npy_intp n, npy_intp lanes, float *into)
-    void transpose_f64(const double *x, npy_intp outer, npy_intp n, npy_intp lanes, double *into)
+    void transpose_f32(const float *x, npy_intp outer, npy_intp n, npy_intp rows, float *into,
+                       npy_intp width)
+    void transpose_f64(const double *x, npy_intp outer, npy_intp n, npy_intp rows, double *into,
+                       npy_intp width)
 
 cdef enum:
     PIECE = 64 * BLOCK
@@ -365,34 +367,16 @@ cdef double row_value(const Row *row, Watch *watch, int *status,
     return hard_value(row, watch)
 
 
-# Short rows, and rows whose elements lie further apart than the rows do: LANES rows side by side.
+# Short rows, and rows whose elements lie further apart than the rows do: LANES rows side by side, in
+# bands of a few such groups.
 
-cdef inline void transpose(const real *x, npy_intp outer, int n, real *into) noexcept nogil:
-    if real is float:
-        transpose_f32(x, outer, n, LANES, into)
-    else:
-        transpose_f64(x, outer, n, LANES, into)
-
-
-cdef void gather(int format, const char *data, npy_intp outer, npy_intp step, int n, int rows,
-                 real *into) noexcept nogil:
-    """into[i * LANES + lane] = element i of row `lane`, or of the first where there are no more
-    rows."""
-    cdef real converted[LANES * STRIP]
-    cdef int i, lane
-    convert(format, data, step, n, converted)
-    if outer == 0:
-        for i in range(n):
-            for lane in range(LANES):
-                into[i * LANES + lane] = converted[i]
-        return
-    for lane in range(1, LANES):
-        convert(format, data + (lane if lane < rows else 0) * outer, step, n, converted + lane * n)
-    transpose(converted, n, n, into)
-
+cdef enum:
+    BAND_BYTES = 256           # of neighbouring columns: wider lines are no faster
+    ROWS_AHEAD = 4             # nor are 8
+    MAX_GROUPS = BAND_BYTES / 4 / LANES
 
 cdef enum Layout:
-    COLUMNS            # elements of neighbouring rows side by side, to be read in place
+    COLUMNS            # elements of neighbouring rows side by side
     ROWS               # elements of each row side by side, to be transposed
     SCATTERED          # to be gathered
 
@@ -400,8 +384,22 @@ ctypedef struct Rows:
     Row first
     npy_intp outer[MAX_OPERANDS]     # bytes from one row to the next
     int layout[MAX_OPERANDS]
-    int used                         # how many of LANES rows there are
+    int groups                       # of LANES rows
+    int used                         # how many of these there are: all, or less than LANES
     bint gapless                     # whether each row begins where the one before ends
+    bint in_lines                    # whether all operands lie in columns
+
+ctypedef struct LaneTotals:
+    LaneSums sums
+    LaneSums rests               # what the rounding of these left out
+    double shift[LANES]
+    double peak[LANES]
+
+ctypedef struct Band:
+    Rows rows
+    bint wanted[MAX_GROUPS]
+    LaneParts parts[MAX_GROUPS]
+    LaneTotals whole[MAX_GROUPS]     # of rows of more than one strip
 
 
 cdef int layout_of(const Rows *rows, int operand, real of_type) noexcept nogil:
@@ -414,38 +412,94 @@ cdef int layout_of(const Rows *rows, int operand, real of_type) noexcept nogil:
 
 cdef void choose_layout(Rows *rows, int used, real of_type) noexcept nogil:
     cdef int operand
-    rows.used, rows.gapless = used, True
+    rows.used, rows.groups = used, max(1, used // LANES)
+    rows.gapless = rows.in_lines = True
     for operand in range(rows.first.n_operands):
         rows.layout[operand] = layout_of(rows, operand, of_type)
+        rows.in_lines &= rows.layout[operand] == Layout.COLUMNS
         rows.gapless &= rows.layout[operand] == Layout.ROWS and (
             rows.outer[operand] == rows.first.length * <npy_intp> sizeof(real))
+
+
+cdef inline void transpose(const real *x, npy_intp outer, int n, int rows, real *into,
+                           int width) noexcept nogil:
+    """into[i * width + row] = element i of a row."""
+    if real is float:
+        transpose_f32(x, outer, n, rows, into, width)
+    else:
+        transpose_f64(x, outer, n, rows, into, width)
+
+
+cdef void gather(int format, const char *data, npy_intp outer, npy_intp step, int n, int used,
+                 real *into, int width) noexcept nogil:
+    """The same for LANES rows anywhere; the first instead of those from `used` on."""
+    cdef real converted[LANES * STRIP]
+    cdef int i, lane
+    convert(format, data, step, n, converted)
+    if outer == 0:
+        for i in range(n):
+            for lane in range(LANES):
+                into[i * width + lane] = converted[i]
+        return
+    for lane in range(1, LANES):
+        convert(format, data + (lane if lane < used else 0) * outer, step, n, converted + lane * n)
+    transpose(converted, n, n, LANES, into, width)
 
 
 cdef inline int strip_length(const Rows *rows, npy_intp start) noexcept nogil:
     return <int> min(<npy_intp> STRIP, rows.first.length - start)
 
 
-cdef void load_strip(const Rows *rows, npy_intp start, int n, real *buffer, const real **x,
+cdef void load_lines(const Rows *rows, npy_intp start, int n, real *buffer, const real **x,
                      npy_intp *step) noexcept nogil:
-    """n columns of LANES elements, `step` elements apart: in place, or in the buffer."""
+    """Copies: lines of the cache a power of two apart evict each other. Those of all operands in
+    turn, each asked for some rows ahead: processors do not foresee the way from row to row. 0.50 to
+    0.60 of the speed of rows, for logits of 1000 x 4096."""
     cdef const Row *row = &rows.first
-    cdef int operand
+    cdef int operand, i, width = rows.groups * LANES
+    cdef npy_intp line = width * sizeof(real)
     cdef const char *data
     for operand in range(row.n_operands):
-        data = row.data[operand] + start * row.step[operand]
+        x[operand], step[operand] = buffer + operand * n * width, width
+    for i in range(n):
+        for operand in range(row.n_operands):
+            data = row.data[operand] + (start + i) * row.step[operand]
+            prefetch(data + ROWS_AHEAD * row.step[operand], line)
+            memcpy(buffer + (operand * n + i) * width, data, line)
+
+
+cdef void load_rows(const Rows *rows, int operand, npy_intp start, int n,
+                    real *into) noexcept nogil:
+    cdef const Row *row = &rows.first
+    cdef npy_intp outer = rows.outer[operand]
+    cdef const char *data = row.data[operand] + start * row.step[operand]
+    cdef int group, width = rows.groups * LANES
+    if rows.layout[operand] == Layout.ROWS:
+        if rows.gapless and rows.groups == 1:  # longer rows
+            prefetch(data + 2 * LANES * outer, LANES * outer)
+        transpose(<const real *> data, outer // <npy_intp> sizeof(real), n, width, into, width)
+        return
+    for group in range(rows.groups):
+        gather(row.format, data + group * LANES * outer, outer, row.step[operand], n, rows.used,
+               into + group * LANES, width)
+
+
+cdef void load_strip(const Rows *rows, npy_intp start, int n, real *buffer, const real **x,
+                     npy_intp *step) noexcept nogil:
+    """n elements of each row as columns, `step` elements apart: in the buffer, or in place."""
+    cdef const Row *row = &rows.first
+    cdef int operand, width = rows.groups * LANES
+    if rows.in_lines:
+        load_lines(rows, start, n, buffer, x, step)
+        return
+    for operand in range(row.n_operands):
         if rows.layout[operand] == Layout.COLUMNS:
-            x[operand] = <const real *> data
+            x[operand] = <const real *> (row.data[operand] + start * row.step[operand])
             step[operand] = row.step[operand] // <npy_intp> sizeof(real)
-            continue
-        x[operand], step[operand] = buffer, LANES
-        if rows.layout[operand] == Layout.ROWS:
-            if rows.outer[operand] == rows.first.length * <npy_intp> sizeof(real):
-                prefetch(data + 2 * LANES * rows.outer[operand], LANES * rows.outer[operand])
-            transpose(<const real *> data, rows.outer[operand] // <npy_intp> sizeof(real), n,
-                      buffer)
         else:
-            gather(row.format, data, rows.outer[operand], row.step[operand], n, rows.used, buffer)
-        buffer += STRIP * LANES
+            load_rows(rows, operand, start, n, buffer)
+            x[operand], step[operand] = buffer, width
+            buffer += n * width
 
 
 cdef void columns(const Row *row, const real **x, const npy_intp *step, int n,
@@ -460,13 +514,6 @@ cdef void columns(const Row *row, const real **x, const npy_intp *step, int n,
 
 
 # Strips of LANES rows, put together side by side as add_part does it for one row.
-
-ctypedef struct LaneTotals:
-    LaneSums sums
-    LaneSums rests               # what the rounding of these left out
-    double shift[LANES]
-    double peak[LANES]
-
 
 cdef inline void add_exactly(double *sums, const double *terms, double *rests) noexcept nogil:
     cdef int lane
@@ -580,22 +627,53 @@ cdef inline void take_whole(const LaneTotals *whole, LaneParts *parts) noexcept 
         parts.shift[lane], parts.peak[lane] = whole.shift[lane], whole.peak[lane]
 
 
-cdef void sum_strips(const Rows *rows, real *buffer, LaneParts *parts) noexcept nogil:
-    """The sums of LANES rows of more than one strip."""
-    cdef const Row *row = &rows.first
-    cdef const real *x[MAX_OPERANDS]
-    cdef npy_intp step[MAX_OPERANDS]
+# A band.
+
+cdef void sum_strip(Band *band, int n, const real **x, const npy_intp *step) noexcept nogil:
+    """The sums of n columns, of the groups that are wanted."""
+    cdef const real *at[MAX_OPERANDS]
+    cdef int group, operand
+    for group in range(band.rows.groups):
+        if band.wanted[group]:
+            for operand in range(band.rows.first.n_operands):
+                at[operand] = x[operand] + group * LANES
+            clear_lanes(&band.parts[group].sums)
+            columns(&band.rows.first, at, step, n, &band.parts[group])
+
+
+cdef void sum_band(Band *band, real *buffer, const real **x, npy_intp *step) noexcept nogil:
+    """The sums of the groups that are wanted."""
+    cdef const Row *row = &band.rows.first
     cdef npy_intp start = 0
-    cdef int n
-    cdef LaneTotals whole
+    cdef int n, group
+    if row.length <= STRIP:
+        load_strip(&band.rows, 0, <int> row.length, buffer, x, step)
+        sum_strip(band, <int> row.length, x, step)
+        return
     while start < row.length:
-        n = strip_length(rows, start)
-        load_strip(rows, start, n, buffer, x, step)
-        clear_lanes(&parts.sums)
-        columns(row, x, step, n, parts)
-        add_strip(&whole, parts, start == 0, row.family == Family.CATEGORICAL)
+        n = strip_length(&band.rows, start)
+        load_strip(&band.rows, start, n, buffer, x, step)
+        sum_strip(band, n, x, step)
+        for group in range(band.rows.groups):
+            if band.wanted[group]:
+                add_strip(&band.whole[group], &band.parts[group], start == 0,
+                          row.family == Family.CATEGORICAL)
         start += n
-    take_whole(&whole, parts)
+    for group in range(band.rows.groups):
+        if band.wanted[group]:
+            take_whole(&band.whole[group], &band.parts[group])
+
+
+cdef bint sum_gapless(Band *band, real of_type) noexcept nogil:
+    """The same from where the rows lie; False where it cannot be had."""
+    cdef const Row *row = &band.rows.first
+    cdef const real *x[MAX_OPERANDS]
+    cdef int operand
+    if row.family != Family.NORMAL or not band.rows.gapless or row.length >= SHORT_ROW:
+        return False
+    for operand in range(MAX_OPERANDS):
+        x[operand] = <const real *> row.data[operand]
+    return normal_gapless(x, <int> row.length, band.rows.groups, row, band.parts)
 
 
 cdef inline void finish_lanes_of(const Row *row, const LaneParts *parts, double *values,
@@ -626,41 +704,6 @@ cdef void finish_lanes(const Row *row, const LaneParts *parts, double *values,
         finish_lanes_of(&fixed, parts, values, conditions)
     else:
         finish_lanes_of(row, parts, values, conditions)
-
-
-cdef inline bint all_good(const double *conditions) noexcept nogil:
-    return least(conditions) >= 0
-
-
-cdef void sum_rows(const Rows *rows, real *buffer, const real **x, const npy_intp *step,
-                   LaneParts *parts) noexcept nogil:
-    """The sums of LANES rows; their first strip is loaded."""
-    if rows.first.length <= STRIP:
-        clear_lanes(&parts.sums)
-        columns(&rows.first, x, step, <int> rows.first.length, parts)
-    else:
-        sum_strips(rows, buffer, parts)
-
-
-cdef bint sum_gapless(const Rows *rows, LaneParts *parts, real of_type) noexcept nogil:
-    """The same from where they lie, of the normal family; False where it cannot be had."""
-    cdef const real *x[MAX_OPERANDS]
-    cdef int operand
-    if rows.first.length >= SHORT_ROW:
-        return False
-    clear_lanes(&parts.sums)
-    for operand in range(MAX_OPERANDS):
-        x[operand] = <const real *> rows.first.data[operand]
-    return normal_gapless(x, <int> rows.first.length, &rows.first, parts)
-
-
-cdef void refine_rows(const Rows *rows, real *buffer, const real **x, npy_intp *step,
-                      LaneParts *parts, double *values, double *conditions) noexcept nogil:
-    """Weights of badly conditioned rows again, with the ratios that their sums gave."""
-    choose_ratios(parts, conditions)
-    load_strip(rows, 0, strip_length(rows, 0), buffer, x, step)
-    sum_rows(rows, buffer, x, step, parts)
-    finish_again(&rows.first, parts, values, conditions)
 
 
 cdef inline void choose_ratios(LaneParts *parts, const double *conditions) noexcept nogil:
@@ -695,115 +738,54 @@ cdef inline void begin_parts(LaneParts *parts) noexcept nogil:
         parts.doubtful[lane] = 0
 
 
+cdef inline void begin_band(Band *band) noexcept nogil:
+    cdef int group
+    for group in range(band.rows.groups):
+        begin_parts(&band.parts[group])
+        band.wanted[group] = True
+
+
 cdef inline bint can_refine(const Row *row) noexcept nogil:
     return row.family == Family.DISCRETE and row.normalize
 
 
-cdef void rows_side_by_side(const Rows *rows, LaneParts *parts, double *values,
-                            double *conditions, real of_type) noexcept nogil:
-    """The values of LANES rows; those with a negative condition the fast formulas do not vouch
-    for."""
-    cdef real buffer[MAX_OPERANDS * STRIP * LANES]
-    cdef const Row *row = &rows.first
-    cdef const real *x[MAX_OPERANDS]
-    cdef npy_intp step[MAX_OPERANDS]
-    begin_parts(parts)
-    if not (row.family == Family.NORMAL and rows.gapless and sum_gapless(rows, parts, buffer[0])):
-        load_strip(rows, 0, strip_length(rows, 0), buffer, x, step)
-        sum_rows(rows, buffer, x, step, parts)
-    finish_lanes(row, parts, values, conditions)
-    if can_refine(row) and not all_good(conditions):
-        refine_rows(rows, buffer, x, step, parts, values, conditions)
+cdef inline bint all_good(const double *conditions) noexcept nogil:
+    return least(conditions) >= 0
 
 
-# Bands of columns: rows whose elements lie far apart, each next to its neighbour's. Lines of the
-# cache a power of two apart evict each other: strips of BAND_BYTES of neighbouring rows are copied
-# first.
-
-cdef enum:
-    BAND_BYTES = 256           # wider ones are no faster
-    ROWS_AHEAD = 4             # nor are 8
-    MAX_GROUPS = BAND_BYTES / 4 / LANES      # of LANES rows
-
-ctypedef struct Band:
-    Row row                                  # the first
-    int groups
-    bint wanted[MAX_GROUPS]
-    LaneParts parts[MAX_GROUPS]
-    LaneTotals whole[MAX_GROUPS]
-
-
-cdef inline int band_width(real of_type) noexcept nogil:
-    return BAND_BYTES / sizeof(real)
-
-
-cdef void load_band(const Band *band, npy_intp start, int n, real *buffer,
-                    const real **x) noexcept nogil:
-    """Lines of all operands in turn, each asked for some rows ahead: processors do not foresee the
-    way from row to row. 0.50 to 0.60 of the speed of rows, for logits of 1000 x 4096."""
-    cdef const Row *row = &band.row
-    cdef int operand, i, width = band.groups * LANES
-    cdef npy_intp line = width * sizeof(real)
-    cdef const char *data
-    for operand in range(row.n_operands):
-        x[operand] = buffer + operand * n * width
-    for i in range(n):
-        for operand in range(row.n_operands):
-            data = row.data[operand] + (start + i) * row.step[operand]
-            prefetch(data + ROWS_AHEAD * row.step[operand], line)
-            memcpy(buffer + (operand * n + i) * width, data, line)
-
-
-cdef void sum_band(Band *band, real of_type) noexcept nogil:
-    """The sums of the groups that are wanted."""
-    cdef double space[MAX_OPERANDS * STRIP * BAND_BYTES / 8]
-    cdef const real *x[MAX_OPERANDS]
-    cdef const real *at[MAX_OPERANDS]
-    cdef npy_intp step[MAX_OPERANDS]
-    cdef npy_intp start = 0
-    cdef int n, group, operand
-    for operand in range(band.row.n_operands):
-        step[operand] = band.groups * LANES
-    while start < band.row.length:
-        n = <int> min(<npy_intp> STRIP, band.row.length - start)
-        load_band(band, start, n, <real *> space, x)
-        for group in range(band.groups):
-            if not band.wanted[group]:
-                continue
-            for operand in range(band.row.n_operands):
-                at[operand] = x[operand] + group * LANES
-            clear_lanes(&band.parts[group].sums)
-            columns(&band.row, at, step, n, &band.parts[group])
-            add_strip(&band.whole[group], &band.parts[group], start == 0,
-                      band.row.family == Family.CATEGORICAL)
-        start += n
-    for group in range(band.groups):
-        if band.wanted[group]:
-            take_whole(&band.whole[group], &band.parts[group])
-
-
-cdef void band_of_rows(Band *band, double *values, double *conditions,
-                       real of_type) noexcept nogil:
-    """As rows_side_by_side, for a band."""
-    cdef const Row *row = &band.row
+cdef void refine_band(Band *band, real *buffer, const real **x, npy_intp *step, double *values,
+                      double *conditions) noexcept nogil:
+    """Weights of badly conditioned rows again, with the ratios that their sums gave."""
     cdef int group
     cdef bint refine = False
-    for group in range(band.groups):
-        begin_parts(&band.parts[group])
-        band.wanted[group] = True
-    sum_band(band, of_type)
-    for group in range(band.groups):
-        finish_lanes(row, &band.parts[group], values + group * LANES, conditions + group * LANES)
-        band.wanted[group] = can_refine(row) and not all_good(conditions + group * LANES)
+    for group in range(band.rows.groups):
+        band.wanted[group] = not all_good(conditions + group * LANES)
         if band.wanted[group]:
             choose_ratios(&band.parts[group], conditions + group * LANES)
             refine = True
     if refine:
-        sum_band(band, of_type)
-    for group in range(band.groups):
+        sum_band(band, buffer, x, step)
+    for group in range(band.rows.groups):
         if band.wanted[group]:
-            finish_again(
-                row, &band.parts[group], values + group * LANES, conditions + group * LANES)
+            finish_again(&band.rows.first, &band.parts[group], values + group * LANES,
+                         conditions + group * LANES)
+
+
+cdef void band_values(Band *band, double *values, double *conditions, real of_type) noexcept nogil:
+    """The values of all rows; those with a negative condition the fast formulas do not vouch
+    for."""
+    cdef double buffer[MAX_OPERANDS * STRIP * BAND_BYTES / 8]
+    cdef const Row *row = &band.rows.first
+    cdef const real *x[MAX_OPERANDS]
+    cdef npy_intp step[MAX_OPERANDS]
+    cdef int group
+    begin_band(band)
+    if not sum_gapless(band, of_type):
+        sum_band(band, <real *> buffer, x, step)
+    for group in range(band.rows.groups):
+        finish_lanes(row, &band.parts[group], values + group * LANES, conditions + group * LANES)
+    if can_refine(row):
+        refine_band(band, <real *> buffer, x, step, values, conditions)
 
 
 # The kernel that the gufuncs carry.
@@ -853,8 +835,8 @@ cdef bint across_rows(const Batch *batch, const Kernel *kernel) noexcept nogil:
 
 cdef inline npy_intp rows_together(const Batch *batch, const Kernel *kernel) noexcept nogil:
     """Of a task: bands as wide as leaves some for each thread."""
-    cdef npy_intp share = batch.n // thread_limit(), few = 8 * LANES
-    return max(few, min(share, <npy_intp> band_width(<float> 0)) // LANES * LANES)
+    cdef npy_intp share = batch.n // thread_limit(), most = MAX_GROUPS * LANES
+    return max(8 * LANES, min(share, most) // LANES * LANES)
 
 
 cdef Plan plan_rows(const Batch *batch, const Kernel *kernel) noexcept nogil:
@@ -888,8 +870,8 @@ cdef inline void store_lanes(char *at, npy_intp outer, int n, int format,
         store(at + lane * outer, format, values[lane])
 
 
-cdef inline bint in_bands(const Batch *batch, const Kernel *kernel, real of_type) noexcept nogil:
-    """Whether all operands' rows are neighbouring columns, enough for a band."""
+cdef inline bint lie_in_columns(const Batch *batch, const Kernel *kernel, real of_type) noexcept nogil:
+    """Whether all operands' rows are neighbouring columns."""
     cdef int operand
     if batch.n < LANES or kernel.options[0] != native_format(of_type):
         return False
@@ -972,67 +954,55 @@ cdef inline void set_betas(const Batch *batch, npy_intp first, int used, const K
             parts.beta[lane] = inverse_temperature(batch, first + min(lane, used - 1))
 
 
-cdef inline int rows_in_groups(const Batch *batch, npy_intp first, npy_intp last,
-                               const Kernel *kernel, Watch *watch, real of_type) noexcept nogil:
-    cdef int status = 0, operand
-    cdef Rows rows
-    cdef LaneParts parts
-    cdef double values[LANES]
-    cdef double conditions[LANES]
-    cdef bint short = is_short(batch)
+cdef inline int most_groups(const Batch *batch, const Kernel *kernel, real of_type) noexcept nogil:
+    """A line of columns, or as many short rows as the first cache holds easily."""
+    if lie_in_columns(batch, kernel, of_type):
+        return BAND_BYTES / sizeof(real) / LANES
+    return <int> max(<npy_intp> 1, min(<npy_intp> MAX_GROUPS, STRIP // batch.core[0]))
+
+
+cdef inline int rows_in_bands(const Batch *batch, npy_intp first, npy_intp last,
+                              const Kernel *kernel, Watch *watch, real of_type) noexcept nogil:
+    cdef int status = 0, operand, group, used, at
+    cdef Band band
+    cdef Rows *rows = &band.rows
+    cdef double values[MAX_GROUPS * LANES]
+    cdef double conditions[MAX_GROUPS * LANES]
+    cdef npy_intp most = most_groups(batch, kernel, of_type) * LANES
     rows.first, rows.used = row_at(batch, first, kernel), 0
     for operand in range(MAX_OPERANDS):
         rows.outer[operand] = batch.outer[operand]
     while first < last:
-        if last - first < LANES and not short and first > 0:
+        if last - first < LANES and batch.n >= LANES and not is_short(batch):
             first = last - LANES  # whole vectors: some rows are computed twice
+        used = <int> min(most, last - first)
+        used = used // LANES * LANES if used > LANES else used
         point_at(&rows.first, batch, first)
-        if min(<npy_intp> LANES, last - first) != rows.used:
-            choose_layout(&rows, <int> min(<npy_intp> LANES, last - first), of_type)
-        set_betas(batch, first, rows.used, kernel, &parts)
-        rows_side_by_side(&rows, &parts, values, conditions, of_type)
-        status |= finish_group(
-            batch, first, rows.used, kernel, watch, values, conditions, of_type)
-        first += LANES
+        if used != rows.used:
+            choose_layout(rows, used, of_type)
+        for group in range(rows.groups):
+            set_betas(batch, first + group * LANES, used, kernel, &band.parts[group])
+        band_values(&band, values, conditions, of_type)
+        for group in range(rows.groups):
+            at = group * LANES
+            status |= finish_group(batch, first + at, min(used, LANES), kernel, watch, values + at,
+                                   conditions + at, of_type)
+        first += used
     return status
 
 
-cdef int rows_in_bands(const Batch *batch, npy_intp first, npy_intp last, const Kernel *kernel,
-                       Watch *watch, real of_type) noexcept nogil:
-    cdef int status = 0, group
-    cdef Band band
-    cdef double values[MAX_GROUPS * LANES]
-    cdef double conditions[MAX_GROUPS * LANES]
-    band.row = row_at(batch, first, kernel)
-    while first < last:
-        band.groups = <int> min(last - first, <npy_intp> band_width(of_type)) // LANES
-        if band.groups == 0:
-            band.groups, first = 1, last - LANES  # some rows are computed twice
-        point_at(&band.row, batch, first)
-        for group in range(band.groups):
-            set_betas(batch, first + group * LANES, LANES, kernel, &band.parts[group])
-        band_of_rows(&band, values, conditions, of_type)
-        for group in range(band.groups):
-            status |= finish_group(
-                batch, first + group * LANES, LANES, kernel, watch, values + group * LANES,
-                conditions + group * LANES, of_type)
-        first += band.groups * LANES
-    return status
+cdef inline int any_rows(const Batch *batch, npy_intp first, npy_intp last, const Kernel *kernel,
+                         Watch *watch, real of_type) noexcept nogil:
+    if across_rows(batch, kernel):
+        return rows_in_bands(batch, first, last, kernel, watch, of_type)
+    return rows_one_by_one(batch, first, last, kernel, watch, of_type)
 
 
 cdef int reduce_rows_f32(const Batch *batch, npy_intp first, npy_intp last,
                          const Kernel *kernel, Watch *watch) noexcept nogil:
-    if across_rows(batch, kernel) and in_bands(batch, kernel, <float> 0):
-        return rows_in_bands(batch, first, last, kernel, watch, <float> 0)
-    if across_rows(batch, kernel):
-        return rows_in_groups(batch, first, last, kernel, watch, <float> 0)
-    return rows_one_by_one(batch, first, last, kernel, watch, <float> 0)
+    return any_rows(batch, first, last, kernel, watch, <float> 0)
 
 
 cdef int reduce_rows_f64(const Batch *batch, npy_intp first, npy_intp last,
                          const Kernel *kernel, Watch *watch) noexcept nogil:
-    if across_rows(batch, kernel) and in_bands(batch, kernel, <double> 0):
-        return rows_in_bands(batch, first, last, kernel, watch, <double> 0)
-    if across_rows(batch, kernel):
-        return rows_in_groups(batch, first, last, kernel, watch, <double> 0)
-    return rows_one_by_one(batch, first, last, kernel, watch, <double> 0)
+    return any_rows(batch, first, last, kernel, watch, <double> 0)

@@ -187,6 +187,13 @@ cdef void as_pair(const Batch *batch, const Kernel *kernel, Pair *pair) noexcept
     pair.batch.operands, pair.batch.outer, pair.batch.inner = pair.operands, pair.outer, pair.inner
 
 
+cdef int pair_of_rows(const Pair *pair, npy_intp first, npy_intp last, Watch *watch,
+                      real of_type) noexcept nogil:
+    if pair.kernel.wanted:
+        return gradients_of_rows(&pair.batch, first, last, &pair.kernel, watch, of_type)
+    return any_rows(&pair.batch, first, last, &pair.kernel, watch, of_type)
+
+
 cdef inline void standard_job_at(const Batch *batch, npy_intp index, const Kernel *kernel,
                                  StandardJob *job) noexcept nogil:
     cdef int operand, out = 3
@@ -214,7 +221,7 @@ cdef inline int standard_rows(const Batch *batch, npy_intp first, npy_intp last,
     cdef int status = 0, out = 3 if kernel.wanted else 2
     as_pair(batch, kernel, &pair)
     if is_short(batch) or not kernel.wanted and across_rows(batch, kernel):
-        return any_rows(&pair.batch, first, last, &pair.kernel, watch, of_type)
+        return pair_of_rows(&pair, first, last, watch, of_type)
     job.watch = watch
     for index in range(first, last):
         standard_job_at(batch, index, kernel, &job)
@@ -222,19 +229,10 @@ cdef inline int standard_rows(const Batch *batch, npy_intp first, npy_intp last,
         if value - value == 0 and job.cotangent != 0:
             store(batch.operands[out] + index * batch.outer[out], job.row.format, value)
         else:
-            status |= any_rows(&pair.batch, index, index + 1, &pair.kernel, watch, of_type)
+            status |= pair_of_rows(&pair, index, index + 1, watch, of_type)
         if watch.stop:
             break
     return status
-
-
-cdef int any_rows(const Batch *batch, npy_intp first, npy_intp last, const Kernel *kernel,
-                  Watch *watch, real of_type) noexcept nogil:
-    if kernel.wanted:
-        return gradients_of_rows(batch, first, last, kernel, watch, of_type)
-    if across_rows(batch, kernel):
-        return rows_in_groups(batch, first, last, kernel, watch, of_type)
-    return rows_one_by_one(batch, first, last, kernel, watch, of_type)
 
 
 cdef int standard_rows_f32(const Batch *batch, npy_intp first, npy_intp last,
