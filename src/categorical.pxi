@@ -13,7 +13,7 @@ small beside it.
 An exponent that is rounded to half an ulp costs e^x a relative error of |x| eps/2. Loops from the
 plainest, the first that is good enough for a block:
     near    T = 1, |a| < 40 (float64: 300), |y| < 0.34: phi is its series;
-    plain   T = 1, |a| as before, |y| < 16: exponents are exact, or small;
+    plain   T = 1, |a| as before, |y| < 8 (16): exponents are exact, or small;
     unit    as exact, with the weights of plain: T = 1, so that its product is left out;
     exact   exponents in two parts, of any temperature and offset, while e^x and e^y are normal;
     far     infinite or far apart: the same terms as e^(b+c) - e^a - e^a y.
@@ -49,13 +49,9 @@ cdef inline double safe_exponent(real of_type) noexcept nogil:
 
 
 cdef inline double offset_limit(real of_type) noexcept nogil:
-    """|a| below this: e^a e^y and their sums stay finite without a peak, |y| < FARTHEST_PLAIN; and
+    """|a| below this: e^a e^y and their sums stay finite without a peak, |y| < 16; and
     e^b is normal while |a - b| is below this too."""
     return 40 if real is float else 300
-
-cdef enum:
-    FARTHEST_PLAIN = 16
-
 
 cdef enum:
     WIDE = 4 * LANES     # elements a step
@@ -63,6 +59,11 @@ cdef enum:
 
 cdef inline double farthest_near() noexcept nogil:
     return 0.34
+
+
+cdef inline double farthest_plain(real of_type) noexcept nogil:
+    """Half an ulp of y is an error of e^y: beyond 8, of 5e-7 in float32."""
+    return 8 if real is float else 16
 
 
 cdef enum:
@@ -311,7 +312,7 @@ cdef inline int second_loop(int first, double farthest, real of_type) noexcept n
     far."""
     if first == Loop.PLAIN and farthest < farthest_near():
         return Loop.NEAR
-    if first == Loop.PLAIN and farthest < FARTHEST_PLAIN:
+    if first == Loop.PLAIN and farthest < farthest_plain(of_type):
         return Loop.PLAIN
     if first <= Loop.EXACT and farthest < safe_exponent(of_type):
         return Loop.UNIT if first == Loop.PLAIN else Loop.EXACT
@@ -525,16 +526,13 @@ cdef int weigh_columns(const real **x, const npy_intp *step, int n, int *loops, 
     return widest
 
 
-cdef inline int column_loop(int first, double farthest, real of_type) noexcept nogil:
-    """As `second_loop`; the plain loop saves less than a loop more for some of the rows costs."""
-    cdef int loop = second_loop(first, farthest, of_type)
-    return Loop.UNIT if loop == Loop.PLAIN else loop
-
-
 cdef inline int common_loop(int first, const double *farthest, real of_type) noexcept nogil:
-    """The loop of all rows whose weights are plain; FAR where they differ."""
-    cdef int nearest = column_loop(first, least(farthest), of_type)
-    return nearest if column_loop(first, largest(farthest), of_type) == nearest else <int> Loop.FAR
+    """One that gives all rows whose weights are plain the bits of their own; FAR if there is none.
+    Near rows have the same in the plain loop, where e^(n ln 2) = 1 and nothing is added to phi."""
+    cdef int widest = second_loop(first, largest(farthest), of_type)
+    if widest <= Loop.PLAIN or widest == second_loop(first, least(farthest), of_type):
+        return widest
+    return Loop.FAR
 
 
 cdef void diverge_columns(const real **x, const npy_intp *step, int n, int *loops,
@@ -544,7 +542,7 @@ cdef void diverge_columns(const real **x, const npy_intp *step, int n, int *loop
     cdef LaneSums sums
     cdef int lane, loop, used = 0
     for lane in range(LANES):
-        loops[lane] = column_loop(loops[lane], into.farthest[lane], <real> 0)
+        loops[lane] = second_loop(loops[lane], into.farthest[lane], <real> 0)
         used |= 1 << loops[lane]
     for loop in range(Loop.FAR + 1):
         if not used >> loop & 1:

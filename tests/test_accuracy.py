@@ -247,6 +247,22 @@ def test_far_apart_and_peaked_logits(spread, offset):
     assert_close(klfast.kl_categorical(a, b), exact, exact, ROWS["float32"], arrays)
 
 
+@pytest.mark.parametrize("few", [2, 3, 5, 8])
+@pytest.mark.parametrize("spread", [0.3, 3, 5])
+@pytest.mark.parametrize("size", [8, 100])
+def test_a_few_terms_decide(size, spread, few):
+    """The error of the exponent of a single term is that of the sum."""
+    rng = np.random.default_rng(13)
+    a = np.full((4, 5000, size), -38, np.float32)
+    a[..., :few] = np.array([1, 4, 6, 8])[:, None, None] * rng.normal(size=(4, 5000, few))
+    b = a.copy()
+    b[..., :few] += spread * rng.normal(size=(4, 5000, few))
+    b[:, ::2] += 5
+    exact = klfast.kl_categorical(a.astype(np.float64), b.astype(np.float64))
+    arrays = {"logits_p": a, "logits_q": b}
+    assert_close(klfast.kl_categorical(a, b), exact, exact, ROWS["float32"], arrays)
+
+
 def test_oracle_agrees_with_mpmath():
     rng = np.random.default_rng(0)
     p = rng.random(50)
