@@ -4,6 +4,7 @@
 #define KLFAST_TRANSPOSE_H
 
 #include <stddef.h>
+#include <string.h>
 
 /* Ask for n bytes that are needed soon. */
 static inline void prefetch(const char *data, ptrdiff_t n) {
@@ -13,8 +14,26 @@ static inline void prefetch(const char *data, ptrdiff_t n) {
 }
 
 #if defined(__AVX__)
-
 #include <immintrin.h>
+static inline void copy_32(const char *from, char *into) {
+    _mm256_storeu_si256((__m256i *)into, _mm256_loadu_si256((const __m256i *)from));
+}
+#else
+static inline void copy_32(const char *from, char *into) { memcpy(into, from, 32); }
+#endif
+
+/* Copy a line of n bytes, a multiple of 32, and ask for the one that is `ahead`. */
+static inline void copy_line(const char *line, ptrdiff_t ahead, ptrdiff_t n, char *into) {
+    ptrdiff_t i = 0;
+    for (; i + 64 <= n; i += 64) {
+        prefetch(line + ahead + i, 64);
+        copy_32(line + i, into + i);
+        copy_32(line + i + 32, into + i + 32);
+    }
+    if (i < n) copy_32(line + i, into + i);
+}
+
+#if defined(__AVX__)
 
 /* Rows r and r + 4 as the halves of a vector. */
 static inline __m256 two_rows(const float *x, ptrdiff_t outer) {
