@@ -259,7 +259,7 @@ cdef void sum_group(Group *group, real *buffer, const real **x, npy_intp *step) 
     fill(before, <double> -1)
     begin_band(&group.band)
     sum_band(&group.band, buffer, x, step)
-    finish_lanes(row, group.band.parts, group.values, group.conditions)
+    finish_lanes(row, group.band.parts, 1, group.values, group.conditions)
     for attempt in range(2):
         for lane in range(LANES):
             group.slopes[lane].value = group.values[lane]

@@ -680,34 +680,37 @@ cdef bint sum_gapless(Band *band, real of_type) noexcept nogil:
     return normal_gapless(x, <int> row.length, band.rows.groups, row, band.parts)
 
 
-cdef inline void finish_lanes_of(const Row *row, const LaneParts *parts, double *values,
-                                 double *conditions) noexcept nogil:
-    cdef int lane
+cdef inline void finish_lanes_of(const Row *row, const LaneParts *parts, int groups,
+                                 double *values, double *conditions) noexcept nogil:
+    cdef int group, lane
     cdef double value, condition
-    for lane in range(LANES):
-        condition = finish(
-            row, &value, parts.sums.weight[lane], parts.sums.divergence[lane],
-            parts.sums.drift[lane] + parts.sums.rest[lane], parts.sums.direct[lane])
-        values[lane] = value
-        condition = condition if condition >= 0 else -1  # NaN too
-        conditions[lane] = condition if parts.doubtful[lane] == 0 else -1
+    for group in range(groups):
+        for lane in range(LANES):
+            condition = finish(
+                row, &value, parts[group].sums.weight[lane], parts[group].sums.divergence[lane],
+                parts[group].sums.drift[lane] + parts[group].sums.rest[lane],
+                parts[group].sums.direct[lane])
+            values[group * LANES + lane] = value
+            condition = condition if condition >= 0 else -1  # NaN too
+            condition = condition if parts[group].doubtful[lane] == 0 else -1
+            conditions[group * LANES + lane] = condition
 
 
-cdef void finish_lanes(const Row *row, const LaneParts *parts, double *values,
+cdef void finish_lanes(const Row *row, const LaneParts *parts, int groups, double *values,
                        double *conditions) noexcept nogil:
-    """As `finish`, for LANES rows; families apart, so that each is packed."""
+    """As `finish`, for groups of LANES rows; families apart, so that each is packed."""
     cdef Row fixed = row[0]
     if row.family == Family.CATEGORICAL and row.length > 1:
         fixed.family, fixed.normalize, fixed.length = Family.CATEGORICAL, True, 2
-        finish_lanes_of(&fixed, parts, values, conditions)
+        finish_lanes_of(&fixed, parts, groups, values, conditions)
     elif row.family == Family.DISCRETE and row.normalize and row.length > 1:
         fixed.family, fixed.normalize, fixed.length = Family.DISCRETE, True, 2
-        finish_lanes_of(&fixed, parts, values, conditions)
+        finish_lanes_of(&fixed, parts, groups, values, conditions)
     elif row.family == Family.NORMAL:
         fixed.family = Family.NORMAL
-        finish_lanes_of(&fixed, parts, values, conditions)
+        finish_lanes_of(&fixed, parts, groups, values, conditions)
     else:
-        finish_lanes_of(row, parts, values, conditions)
+        finish_lanes_of(row, parts, groups, values, conditions)
 
 
 cdef inline void choose_ratios(LaneParts *parts, const double *conditions) noexcept nogil:
@@ -727,7 +730,7 @@ cdef inline void finish_again(const Row *row, const LaneParts *parts, double *va
     cdef double new_values[LANES]
     cdef double new_conditions[LANES]
     cdef int lane
-    finish_lanes(row, parts, new_values, new_conditions)
+    finish_lanes(row, parts, 1, new_values, new_conditions)
     for lane in range(LANES):
         if conditions[lane] < 0:
             values[lane], conditions[lane] = new_values[lane], new_conditions[lane]
@@ -782,12 +785,10 @@ cdef void band_values(Band *band, double *values, double *conditions, real of_ty
     cdef const Row *row = &band.rows.first
     cdef const real *x[MAX_OPERANDS]
     cdef npy_intp step[MAX_OPERANDS]
-    cdef int group
     begin_band(band)
     if not sum_gapless(band, of_type):
         sum_band(band, <real *> buffer, x, step)
-    for group in range(band.rows.groups):
-        finish_lanes(row, &band.parts[group], values + group * LANES, conditions + group * LANES)
+    finish_lanes(row, band.parts, band.rows.groups, values, conditions)
     if can_refine(row):
         refine_band(band, <real *> buffer, x, step, values, conditions)
 
@@ -936,7 +937,7 @@ cdef inline int rows_one_by_one(const Batch *batch, npy_intp first, npy_intp las
         begin_parts(&parts)
         fill(conditions, -1.0)
         sum_each(&row, batch, first, used, conditions, watch, &parts, of_type)
-        finish_lanes(&row, &parts, values, conditions)
+        finish_lanes(&row, &parts, 1, values, conditions)
         if can_refine(&row) and not all_good(conditions):
             choose_ratios(&parts, conditions)
             sum_each(&row, batch, first, used, conditions, watch, &parts, of_type)
