@@ -682,18 +682,20 @@ cdef bint sum_gapless(Band *band, real of_type) noexcept nogil:
 
 cdef inline void finish_lanes_of(const Row *row, const LaneParts *parts, int groups,
                                  double *values, double *conditions) noexcept nogil:
+    cdef double value[LANES]
+    cdef double condition[LANES]
+    cdef const LaneSums *sums
     cdef int group, lane
-    cdef double value, condition
     for group in range(groups):
+        sums = &parts[group].sums
         for lane in range(LANES):
-            condition = finish(
-                row, &value, parts[group].sums.weight[lane], parts[group].sums.divergence[lane],
-                parts[group].sums.drift[lane] + parts[group].sums.rest[lane],
-                parts[group].sums.direct[lane])
-            values[group * LANES + lane] = value
-            condition = condition if condition >= 0 else -1  # NaN too
-            condition = condition if parts[group].doubtful[lane] == 0 else -1
-            conditions[group * LANES + lane] = condition
+            condition[lane] = finish(
+                row, &value[lane], sums.weight[lane], sums.divergence[lane],
+                sums.drift[lane] + sums.rest[lane], sums.direct[lane])
+            condition[lane] = condition[lane] if condition[lane] >= 0 else -1  # NaN too
+            condition[lane] = condition[lane] if parts[group].doubtful[lane] == 0 else -1
+        copy(value, values + group * LANES)
+        copy(condition, conditions + group * LANES)
 
 
 cdef void finish_lanes(const Row *row, const LaneParts *parts, int groups, double *values,
