@@ -17,7 +17,7 @@ from gufunc cimport Watch, is_unwanted
 from libc.math cimport fabs, frexp, ldexp, log, log1p
 from numpy cimport npy_intp
 from sums cimport (
-    LANES, LONGEST_RUN, Format, LaneParts, LaneSums, Row, Slope, Sums, Trait, add, add_lanes,
+    LANES, LONGEST_RUN, RUN, Format, LaneParts, LaneSums, Row, Slope, Sums, Trait, add, add_lanes,
     add_lanes_exactly, clear, clear_lanes, copy, divergence_of, element, fill, fold, keep_from,
     largest, least, run_length, round_off, two_sum,
 )
@@ -105,9 +105,9 @@ cdef inline void add_terms(const real *p, const real *q, npy_intp step_p, npy_in
 cdef inline void discrete_run(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
                               int first, bint scaled, const real *ratios, real *lowest,
                               LaneSums *into) noexcept nogil:
-    """Add n terms of each of the lanes first..LANES-1, in two halves. Two loops are faster than
-    one: processors keep few steps of a long chain in flight."""
-    cdef int lane, half = (n + 1) // 2
+    """Add n terms of each of the lanes first..LANES-1, in two sums where one would be too long. Two
+    loops are faster than one: processors keep few steps of a long chain in flight."""
+    cdef int lane, half = n if n <= RUN + RUN / 2 else (n + 1) // 2
     cdef real s[LONGEST_RUN * LANES]
     cdef real e_ln2[LONGEST_RUN * LANES]
     cdef real head[LONGEST_RUN * LANES]
@@ -118,9 +118,10 @@ cdef inline void discrete_run(const real *p, const real *q, npy_intp step_p, npy
         weight[lane] = divergence[lane] = excess[lane] = 0
     discrete_factors(p, q, step_p, step_q, n, scaled, ratios, s, e_ln2, head, excess, lowest)
     add_terms(p, q, step_p, step_q, half, scaled, s, e_ln2, head, weight, divergence, excess)
-    add_terms(p + half * step_p, q + half * step_q, step_p, step_q, n - half, scaled,
-              s + half * LANES, e_ln2 + half * LANES, head + half * LANES, weight, divergence,
-              excess)
+    if n > half:
+        add_terms(p + half * step_p, q + half * step_q, step_p, step_q, n - half, scaled,
+                  s + half * LANES, e_ln2 + half * LANES, head + half * LANES, weight, divergence,
+                  excess)
     for lane in range(LANES):
         excess[lane] -= divergence[lane]
     keep_from(first, weight)
