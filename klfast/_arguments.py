@@ -30,7 +30,7 @@ def gufunc_for(name: str, arrays: Mapping[str, Any]) -> tuple[Callable[..., Any]
     if is_bfloat16(dtype):
         return _kernels.gufuncs[name + "_bfloat16"], [x.view(np.uint16) for x in operands]
     return _kernels.gufuncs[name], [
-        x.astype(dtype) if _dtype_of(x) != dtype else x for x in operands
+        x.astype(dtype) if getattr(x, "dtype", dtype) != dtype else x for x in operands
     ]
 
 

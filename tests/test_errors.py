@@ -60,7 +60,8 @@ def test_shapes(entry):
     out = np.full(2, 7.0)
     for name in arrays:
         if entry.function != "kl_normal":  # whose scalars are the same for every dimension
-            refuses(ValueError, [name], entry, {**arrays, name: np.float64(1)}, out=out)
+            for number in (np.float64(1), 1.0, 1):
+                refuses(ValueError, [name], entry, {**arrays, name: number}, out=out)
         refuses(ValueError, [name], entry, {**arrays, name: arrays[name][..., :2]}, out=out)
         three = np.repeat(arrays[name][:1], 3, axis=0)
         refuses(ValueError, [name], entry, {**arrays, name: three}, out=np.full(3, 7.0))
