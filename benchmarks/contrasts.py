@@ -3,6 +3,7 @@ and one small call beside np.vecdot, which does next to nothing."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -108,22 +109,29 @@ def half(id: str, dtype: str, items: int, size: int) -> tuple[Call, Call]:
     )
 
 
-def small(id: str) -> tuple[Call, Call]:
+def small(id: str, out: bool = False) -> tuple[Call, Call]:
     """One row of three, or one 2×2 pair, beside np.vecdot of the same arrays."""
+    call, p, q = small_call(id)
+    beside = functools.partial(np.vecdot, p, q)
+    if out:
+        call = functools.partial(call, out=np.empty(()))
+        beside = functools.partial(beside, out=np.empty(p.shape[:-1]))
+    return call, beside
+
+
+def small_call(id: str) -> tuple[Callable[..., Any], np.ndarray, np.ndarray]:
+    """The call, and two of its arrays."""
     size = 3 if IDS[id].core == 1 else 2
     a = IDS[id].inputs("float64", (), size)
     if id == "mvn":
         p, q, mean_p, mean_q = (a[n] for n in ("scale_tril_p", "scale_tril_q", "loc_p", "loc_q"))
-        return (
-            lambda: klfast.kl_mvn(mean_p, None, mean_q, scale_tril_p=p, scale_tril_q=q),
-            lambda: np.vecdot(p, q),
-        )
+        spreads = {"scale_tril_p": p, "scale_tril_q": q}
+        return functools.partial(klfast.kl_mvn, mean_p, None, mean_q, **spreads), p, q
     if id == "normal-scale":
         m, s, n, t = (a[name] for name in ("loc_p", "scale_p", "loc_q", "scale_q"))
-        return lambda: klfast.kl_normal(m, s, n, t), lambda: np.vecdot(m, n)
+        return functools.partial(klfast.kl_normal, m, s, n, t), m, n
     p, q = a.values()
-    function = getattr(klfast, IDS[id].function)
-    return lambda: function(p, q), lambda: np.vecdot(p, q)
+    return functools.partial(getattr(klfast, IDS[id].function), p, q), p, q
 
 
 ROWS = ("discrete", "categorical", "normal-scale")
@@ -140,14 +148,16 @@ CONTRASTS = [
     *[
         contrast(
             id,
-            "one call, " + ("D = 2" if id == "mvn" else "K = 3"),
+            "one call, " + ("D = 2" if id == "mvn" else "K = 3") + ", out" * out,
             "np.vecdot",
             small,
-            floor=0.6,
-            aim=1,
+            out,
+            floor=0.1 if out else 0.6,
+            aim=0.3 if out else 1,
             large=False,
             same=False,
         )
+        for out in (False, True)
         for id in (*ROWS, "mvn")
     ],
     *[

@@ -1,7 +1,8 @@
 """Manners: what every public function does with its arguments before and after the gufunc.
 
 The common case (ndarrays of one floating dtype, right shapes, no options) pays a check of types and
-nothing else: `_kernels.plain`, before anything is packed for the long way.
+nothing else: `_kernels.plain`, before anything is packed for the long way. Such arrays of one shape
+with options pay a `look`: what converts and broadcasts takes longer than a small kernel.
 Everything that is refused is refused before the gufunc writes anything, by an error that names the
 argument, what came and what was wanted; shapes are looked at only after the gufunc refused them.
 """
@@ -24,22 +25,27 @@ BFLOAT16_BITS = np.dtype([("bfloat16", np.uint16)])  # for those who have bfloat
 
 def gufunc_for(name: str, arrays: Mapping[str, Any]) -> tuple[Callable[..., Any], list[Any]]:
     """The gufunc and its operands, NumPy arrays or lazy ones, of one dtype it has a loop for."""
-    operands = list(arrays.values())
-    first = operands[0]
-    if type(first) is np.ndarray and first.dtype.char in FLOATS:
-        dtype = first.dtype
-        for x in operands:
-            if type(x) is not np.ndarray or x.dtype != dtype:
-                break
-        else:
-            return _kernels.gufuncs[name], operands
     operands = [as_array(argument, x) for argument, x in arrays.items()]
     dtype = common_dtype(operands)
     if is_bfloat16(dtype):
         return _kernels.gufuncs[name + "_bfloat16"], [x.view(np.uint16) for x in operands]
     return _kernels.gufuncs[name], [
-        x.astype(dtype) if _dtype_of(x) != dtype else x for x in operands
+        x.astype(dtype) if getattr(x, "dtype", dtype) != dtype else x for x in operands
     ]
+
+
+def look(operands: Sequence[Any]) -> tuple[bool, bool]:
+    """Whether all are ndarrays of one floating dtype, so that there is nothing to convert; and, if
+    so, whether of one shape, so that there is nothing to broadcast."""
+    first = operands[0]
+    if type(first) is not np.ndarray or first.dtype.char not in FLOATS:
+        return False, False
+    dtype, shape, alike = first.dtype, first.shape, True
+    for x in operands:
+        if type(x) is not np.ndarray or x.dtype != dtype:
+            return False, False
+        alike = alike and x.shape == shape
+    return True, alike
 
 
 def as_array(argument: str, x: Any) -> Any:
@@ -66,6 +72,8 @@ def common_dtype(operands: Sequence[Any]) -> np.dtype[Any]:
     """NumPy's promotion; integers go to float64, and bfloat16 among others to float32 first."""
     dtypes = [_dtype_of(x) for x in operands]
     arrays = [d for d in dtypes if isinstance(d, np.dtype)]
+    if len(set(arrays)) == 1 and arrays[0].char in FLOATS and arrays[0].isnative:
+        return arrays[0]
     halves = [is_bfloat16(d) for d in arrays]
     if arrays and all(halves) and not any(is_lazy(x) or np.isscalar(x) for x in operands):
         return arrays[0]
@@ -131,21 +139,7 @@ def check_out(out: Any, keepdims: bool = False, axis: int = -1) -> Any:
         raise ValueError(
             f"out has shape {out.shape}; with keepdims=True wanted length 1 along axis {axis}"
         )
-    return np.squeeze(out, axis)
-
-
-def check_out_shape(
-    out: Any, target: Any, operands: Sequence[Any], extra: Sequence[Any], axis: int
-) -> None:
-    """The gufunc would broadcast its result to a larger `out`."""
-    try:
-        batch = np.broadcast_shapes(
-            *(_without(np.shape(x), axis) for x in operands), *map(np.shape, extra)
-        )
-    except ValueError:
-        return  # the gufunc refuses the operands
-    if target.shape != batch:
-        raise ValueError(f"out has shape {out.shape}; wanted the batch shape {batch}")
+    return out.squeeze(axis)
 
 
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
@@ -158,29 +152,46 @@ def reduce(
     arrays: Mapping[str, Any],
     *,
     extra: tuple[Any, ...] = (),
+    fit: Callable[[Any, Any], Mapping[str, Any]] | None = None,
     axis: int = -1,
     keepdims: bool = False,
     base: float | None = None,
     out: Any = None,
 ) -> Any:
-    """Call the gufunc `name` over one core axis of `arrays`; `extra` operands have no core axis."""
+    """Call the gufunc `name` over one core axis of `arrays`; `extra` operands have no core axis.
+    `fit`: given arrays of several shapes and the axis, broadcasts beyond what the gufunc does."""
     log_base = None if base is None else check_base(base)
-    gufunc, operands = gufunc_for(name, arrays)
+    gufunc, operands = _kernels.gufuncs[name], list(arrays.values())
+    ready, alike = look(operands)
+    if fit is not None and not alike:
+        arrays = fit(arrays, axis)
+        operands = list(arrays.values())
+        ready, alike = look(operands)
+    if not ready:
+        gufunc, operands = gufunc_for(name, arrays)
     axis = check_axis(axis, arrays, operands)
     target = None if out is None else check_out(out, keepdims, axis)
-    if target is not None:
-        check_out_shape(out, target, operands, extra, axis)
     moved = operands if axis == -1 else [_axis_last(x, axis) for x in operands]
+    inputs = [*moved, *extra]
+    if alike and (not extra or type(extra[0]) is float):
+        batch = moved[0].shape[:-1]
+    else:
+        batch = common_batch(gufunc, inputs)
+    if target is not None and batch is not None and target.shape != batch:
+        # the gufunc would broadcast its result to a larger one
+        raise ValueError(f"out has shape {out.shape}; wanted the batch shape {batch}")
     try:
-        cores = [1] * len(operands) + [0] * len(extra)
-        result = call(gufunc, [*moved, *extra], cores, target)
+        if not ready and any(map(is_lazy, operands)):
+            result = gufunc(*inputs)
+        else:
+            result = call(gufunc, inputs, batch, target)
     except (ValueError, TypeError) as error:
         raise explain(error, list(arrays), operands, extra, axis, out) from None
     if log_base is not None:
         result = np.divide(result, log_base, out=target) if out is not None else result / log_base
     if out is not None:
         return out
-    return np.expand_dims(result, axis) if keepdims else result
+    return _with_axis(result, axis) if keepdims else result
 
 
 def check_axis(axis: Any, arrays: Mapping[str, Any], operands: Sequence[Any]) -> int:
@@ -188,56 +199,79 @@ def check_axis(axis: Any, arrays: Mapping[str, Any], operands: Sequence[Any]) ->
         axis = operator.index(axis)
     except TypeError:
         raise TypeError(f"axis must be an integer, got {type(axis).__name__}") from None
-    for argument, x in zip(arrays, operands, strict=True):
-        if not -np.ndim(x) <= axis < np.ndim(x):
-            raise np.exceptions.AxisError(axis, np.ndim(x), f"{argument}")
+    for i, x in enumerate(operands):
+        ndim = getattr(x, "ndim", 0)
+        if not -ndim <= axis < ndim:
+            raise np.exceptions.AxisError(axis, ndim, [*arrays][i])
     return int(axis)
 
 
 def _axis_last(x: Any, axis: int) -> Any:
-    return np.moveaxis(x, axis, -1)
+    axis %= x.ndim
+    if axis == x.ndim - 1:
+        return x
+    return x.transpose([*range(axis), *range(axis + 1, x.ndim), axis])
 
 
-def call(gufunc: Any, operands: Sequence[Any], cores: Sequence[int], out: Any = None) -> Any:
-    """The gufunc; `cores`: how many axes of each operand belong to one distribution.
+def _with_axis(result: Any, axis: int) -> Any:
+    """The result with length 1 along the axis that it was reduced over."""
+    axis %= result.ndim + 1
+    return result[(slice(None),) * axis + (None,)]
+
+
+def common_batch(gufunc: Any, operands: Sequence[Any]) -> tuple[int, ...] | None:
+    """The shape to which the batch axes broadcast; None where they do not. Mostly all have the same
+    or none."""
+    shapes = set()
+    for x, core in zip(operands, _kernels.core_axes(gufunc), strict=True):
+        shape = getattr(x, "shape", ())
+        if len(shape) > core:
+            shapes.add(shape[: len(shape) - core])
+    if len(shapes) < 2:
+        return shapes.pop() if shapes else ()
+    try:
+        return np.broadcast_shapes(*shapes)
+    except (ValueError, TypeError):  # TypeError: lazy arrays whose shape is not known yet
+        return None
+
+
+def call(
+    gufunc: Any, operands: Sequence[Any], batch: tuple[int, ...] | None, out: Any = None
+) -> Any:
+    """The gufunc; `batch` as of `common_batch`.
 
     NumPy calls a gufunc's loop once for every innermost batch axis, and threads share one call at a
     time. So two batch axes that do not lie as one, as those of a broadcast (M, 1, K) against
     (1, N, K), are given to it as core axes.
     """
-    if any(is_lazy(x) for x in operands):
-        return gufunc(*operands)
-    if max(np.ndim(x) - core for x, core in zip(operands, cores, strict=True)) < 2:
+    if batch is None or len(batch) < 2:
         return gufunc(*operands, out=out)
-    if all(np.ndim(x) == 0 or _is_like(x, operands[0]) for x in operands):
+    cores = _kernels.core_axes(gufunc)
+    if _lie_as_one(operands, cores, batch):
         return gufunc(*operands, out=out)
-    full = _broadcast(operands, cores)
-    if all(_lies_as_one(x, core) for x, core in zip(full, cores, strict=True)):
-        return gufunc(*operands, out=out)
+    full = [_broadcast(x, core, batch) for x, core in zip(operands, cores, strict=True)]
     return _kernels.grid(gufunc)(*full, out=out)
 
 
-def _is_like(x: Any, first: Any) -> bool:
-    """Whether both are of one shape and without gaps, which most batches are."""
-    return bool(x.shape == first.shape and x.flags.c_contiguous)
+def _lie_as_one(operands: Sequence[Any], cores: Sequence[int], batch: tuple[int, ...]) -> bool:
+    """Whether the last two batch axes of every operand can be walked as one."""
+    lines, rows = batch[-2:]
+    if lines == 1 or rows == 1:
+        return True
+    for x, core in zip(operands, cores, strict=True):
+        own = getattr(x, "ndim", 0) - core
+        if own > 0:  # else one for the whole batch
+            if x.shape[:own] != batch:
+                x, own = _broadcast(x, core, batch), len(batch)
+            if x.strides[own - 2] != rows * x.strides[own - 1]:
+                return False
+    return True
 
 
-def _broadcast(operands: Sequence[Any], cores: Sequence[int]) -> list[NDArray[Any]]:
-    """Operands with all batch axes."""
-    shapes = [np.shape(x) for x in operands]
-    splits = [len(shape) - core for shape, core in zip(shapes, cores, strict=True)]
-    batch = np.broadcast_shapes(*(s[:at] for s, at in zip(shapes, splits, strict=True)))
-    return [
-        np.broadcast_to(x, batch + shape[at:])
-        for x, shape, at in zip(operands, shapes, splits, strict=True)
-    ]
-
-
-def _lies_as_one(x: NDArray[Any], core: int) -> bool:
-    """Whether the last two batch axes can be walked as one."""
-    n = x.ndim - core
-    lines, rows = x.shape[n - 2 : n]
-    return bool(lines == 1 or rows == 1 or x.strides[n - 2] == rows * x.strides[n - 1])
+def _broadcast(x: Any, core: int, batch: tuple[int, ...]) -> NDArray[Any]:
+    """The operand with all batch axes."""
+    shape = np.shape(x)
+    return np.broadcast_to(x, batch + shape[len(shape) - core :])
 
 
 def explain(

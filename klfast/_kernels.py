@@ -72,6 +72,13 @@ if hasattr(os, "register_at_fork"):
 
 
 @functools.cache
+def core_axes(gufunc: Any) -> tuple[int, ...]:
+    """How many axes of each operand belong to one distribution."""
+    operands: list[str] = gufunc.signature.split("->")[0][1:-1].split("),(")
+    return tuple(core.count(",") + 1 if core else 0 for core in operands)
+
+
+@functools.cache
 def grid(gufunc: Callable[..., Any]) -> Callable[..., Any]:
     """The same gufunc with two batch axes among the core axes of every operand."""
     made: Callable[..., Any] = _module.grid_gufunc(gufunc)

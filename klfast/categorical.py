@@ -102,11 +102,13 @@ def kl_categorical(
 
 
 def check_temperature(temperature: Any) -> Any:
+    if type(temperature) is int:
+        temperature = float(temperature)
     if type(temperature) is float:
         if 0 < temperature < math.inf:
             return temperature
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     temperature = np.asarray(as_array("temperature", temperature), dtype=np.float64)
-    if not np.all((temperature > 0) & (temperature < np.inf)):
+    if not (temperature.min(initial=1) > 0 and temperature.max(initial=1) < math.inf):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    return temperature
+    return temperature if temperature.ndim else float(temperature)

@@ -9,7 +9,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from klfast import _kernels
-from klfast._arguments import as_array, call, check_out, common_dtype, is_lazy, only_one
+from klfast._arguments import (
+    as_array,
+    call,
+    check_out,
+    common_batch,
+    common_dtype,
+    is_lazy,
+    look,
+    only_one,
+)
 
 __all__ = ["kl_mvn"]
 
@@ -100,34 +109,42 @@ def kl_mvn(
     if errors not in ("raise", "nan"):
         raise ValueError(f"errors must be 'raise' or 'nan', got {errors!r}")
     kinds, operands = given(loc_p, cov_p, loc_q, cov_q, scale_tril_p, scale_tril_q)
-    if out is None:
-        result = _kernels.plain["_".join(("mvn", *kinds))](*operands)
-        if result is not None:
-            return result
+    alone = _kernels.plain["_".join(("mvn", *kinds))](*operands)  # one item that is not NaN
+    if alone is not None and out is None:
+        return alone
     gufunc, names = GUFUNCS[kinds]
     operands = to_floats(names, operands)
-    if any(is_lazy(x) for x in operands):
+    if any(map(is_lazy, operands)):
         batch_shape(names, operands, out)
         return gufunc(*operands)
     target = None if out is None else check_out(out)
-    cores = [1 if name.startswith("loc") else 2 for name in names]
-    if errors == "nan" and target is not None:  # the gufunc would broadcast to a larger `out`
-        batch_shape(names, operands, target)
-    try:
-        with np.errstate(invalid="ignore"):
-            result = call(gufunc, operands, cores, target if errors == "nan" else None)
-    except ValueError:
-        batch_shape(names, operands, target)
-        raise
+    if alone is None:
+        result = _of_batch(gufunc, names, operands, target if errors == "nan" else None)
+    else:
+        result = alone
     if target is not None and (target.shape != result.shape or target.dtype != result.dtype):
         batch_shape(names, operands, target)
-    if np.isnan(result).any():
+    if alone is None and np.isnan(result).any():
         account_for_nan(gufunc, names, operands, np.asarray(result), errors)
     if target is None:
         return result
     if result is not target:
         target[...] = result
     return target
+
+
+def _of_batch(
+    gufunc: Callable[..., Any], names: tuple[str, ...], operands: list[Any], target: Any
+) -> Any:
+    """The gufunc's result, with NaN that nothing was said about yet, in `target` if given."""
+    if target is not None:  # the gufunc would broadcast to a larger one
+        batch_shape(names, operands, target)
+    try:
+        with np.errstate(invalid="ignore"):
+            return call(gufunc, operands, common_batch(gufunc, operands), target)
+    except ValueError:
+        batch_shape(names, operands, target)
+        raise
 
 
 def given(
@@ -154,6 +171,9 @@ def _kind(side: str, cov: Any, scale_tril: Any) -> tuple[str, Any]:
 
 def to_floats(names: tuple[str, ...], operands: list[Any]) -> list[Any]:
     """All in float32 or float64."""
+    dtype = operands[0].dtype if look(operands)[0] else None
+    if dtype is not None and dtype.char in "fd" and dtype.isnative:
+        return operands
     converted = [as_array(name, x) for name, x in zip(names, operands, strict=True)]
     converted = [x if hasattr(x, "dtype") else np.asarray(x) for x in converted]
     dtype = common_dtype(converted)

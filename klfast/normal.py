@@ -9,11 +9,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from klfast import _kernels
-from klfast._arguments import as_array, common_dtype, only_one, reduce
+from klfast._arguments import as_array, common_dtype, look, only_one, reduce
 
 __all__ = ["kl_normal"]
 
 STANDARD = {"scale": 1.0, "var": 1.0}
+PLAIN = {  # by kind of P and of Q
+    (p, q): _kernels.plain[f"normal_{p}_{q}"]
+    for p in ("scale", "var", "logvar")
+    for q in ("scale", "var", "logvar", "standard")
+    if q != "standard" or p == "logvar"
+}
 
 
 def kl_normal(
@@ -89,41 +95,47 @@ def kl_normal(
     [0.5]
     """
     kind_p, spread_p = kind_of("p", scale_p, var_p, logvar_p)
-    kind_q, spread_q = kind_p, None
+    q: tuple[Any, ...]
     if loc_q is not None:
         kind_q, spread_q = kind_of("q", scale_q, var_q, logvar_q)
-        if axis == -1 and not keepdims and out is None:
-            plain = _kernels.plain[f"normal_{kind_p}_{kind_q}"]
-            result = plain(loc_p, spread_p, loc_q, spread_q)
-            if result is not None:
-                return result
+        q = loc_q, spread_q
     elif not (scale_q is None and var_q is None and logvar_q is None):
         raise TypeError(
             "loc_q is missing: give it with the spread of q, or leave q out for N(0, I)"
         )
-    elif kind_p == "logvar" and axis == -1 and not keepdims and out is None:
-        result = _kernels.plain["normal_logvar_standard"](loc_p, spread_p)
+    elif kind_p == "logvar":
+        kind_q, q = "standard", ()
+    else:
+        kind_q, q = kind_p, _standard_beside(loc_p, spread_p, kind_p, axis)
+    if axis == -1 and not keepdims and out is None:
+        result = PLAIN[kind_p, kind_q](loc_p, spread_p, *q)
         if result is not None:
             return result
-    q = standard(kind_p) if loc_q is None else {"loc_q": loc_q, f"{kind_q}_q": spread_q}
-    arrays = _broadcast({"loc_p": loc_p, f"{kind_p}_p": spread_p} | q)
-    if isinstance(axis, tuple):
-        if axis != ():
-            raise ValueError(f"axis must be an integer or (), got {axis}")
-        if keepdims:
-            raise ValueError("keepdims=True needs an axis to keep, got axis=()")
-        arrays = {name: x[..., np.newaxis] for name, x in arrays.items()}
-        axis = -1
-    elif loc_q is None and axis == -1:
-        for name in q:
-            arrays[name] = _in_a_row(arrays[name])
-    return reduce(kernel_name(kind_p, kind_q, q), arrays, axis=axis, keepdims=keepdims, out=out)
+    kernel, arrays = f"normal_{kind_p}_{kind_q}", {"loc_p": loc_p, f"{kind_p}_p": spread_p}
+    if q:
+        arrays["loc_q"], arrays[f"{kind_q}_q"] = q
+    if not isinstance(axis, tuple):
+        return reduce(kernel, arrays, fit=_broadcast, axis=axis, keepdims=keepdims, out=out)
+    arrays = _broadcast(arrays, axis)
+    if axis != ():
+        raise ValueError(f"axis must be an integer or (), got {axis}")
+    if keepdims:
+        raise ValueError("keepdims=True needs an axis to keep, got axis=()")
+    return reduce(kernel, {name: x[..., np.newaxis] for name, x in arrays.items()}, out=out)
 
 
 def standard(kind: str) -> dict[str, float]:
     """The arguments that N(0, I) is to the kernels: none beside log-variances, for which there are
     kernels that know."""
     return {} if kind == "logvar" else {"loc_q": 0.0, f"{kind}_q": STANDARD[kind]}
+
+
+def _standard_beside(loc: Any, spread: Any, kind: str, axis: Any) -> tuple[Any, ...]:
+    """The arguments of `standard`, as rows where the shape of those of P is known."""
+    numbers = standard(kind).values()
+    if axis != -1 or not look([loc, spread])[1] or loc.ndim == 0:
+        return tuple(numbers)
+    return tuple(_row(x, loc.shape[-1], loc.dtype) for x in numbers)
 
 
 def kernel_name(kind_p: str, kind_q: str, q: Collection[str]) -> str:
@@ -138,24 +150,31 @@ def kind_of(side: str, scale: Any, var: Any, logvar: Any) -> tuple[str, Any]:
     return only_one(side, scale=scale, var=var, logvar=logvar)
 
 
-def _in_a_row(constant: Any) -> Any:
-    """The same with its elements side by side along the last axis, where kernels load vectors."""
-    if type(constant) is not np.ndarray or constant.size == 0:
-        return constant
-    row = np.full(constant.shape[-1:], constant.flat[0], constant.dtype)
-    return np.broadcast_to(row, constant.shape)
-
-
-def _broadcast(arrays: dict[str, Any]) -> dict[str, Any]:
-    """All arrays in the same shape, without copies; scalars take the others' dtype."""
+def _broadcast(arrays: dict[str, Any], axis: Any) -> dict[str, Any]:
+    """All arrays in the same shape, without copies, and numbers in the others' dtype; along the
+    last axis a row will do."""
     operands = {name: as_array(name, x) for name, x in arrays.items()}
-    shapes = [np.shape(x) for x in operands.values()]
-    if all(shape == shapes[0] for shape in shapes) and hasattr(operands["loc_p"], "dtype"):
-        return operands
+    full = {name: x for name, x in operands.items() if hasattr(x, "dtype")}
+    shapes = {x.shape for x in full.values()}
+    largest: tuple[int, ...] = max(shapes, key=len, default=())
+    if len(shapes) > 1 and not (axis == -1 and shapes == {largest, largest[-1:]}):
+        try:
+            full = dict(zip(full, np.broadcast_arrays(*full.values()), strict=True))
+        except ValueError:
+            listed = ", ".join(f"{name} {np.shape(x)}" for name, x in operands.items())
+            raise ValueError(f"these shapes do not broadcast together: {listed}") from None
+    if len(full) == len(operands):
+        return full
     dtype = common_dtype(list(operands.values()))
-    full = [x if hasattr(x, "dtype") else np.asarray(x, dtype) for x in operands.values()]
-    try:
-        return dict(zip(operands, np.broadcast_arrays(*full), strict=True))
-    except ValueError:
-        listed = ", ".join(f"{n} {s}" for n, s in zip(operands, shapes, strict=True))
-        raise ValueError(f"these shapes do not broadcast together: {listed}") from None
+    shape = next((x.shape for x in full.values()), ())
+    for name in operands.keys() - full.keys():
+        if axis == -1 and shape:
+            full[name] = _row(operands[name], shape[-1], dtype)
+        else:
+            full[name] = np.broadcast_to(np.asarray(operands[name], dtype), shape)
+    return {name: full[name] for name in operands}
+
+
+def _row(number: float, length: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The number side by side, where kernels load vectors."""
+    return np.asarray(number, dtype).repeat(length)

@@ -235,6 +235,109 @@ def test_out(entry, dtype):
     assert out == want[0, 0]
 
 
+def refuse(*args, **kwargs):
+    raise AssertionError("arrays of one shape need no broadcasting")
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "float16"])
+@pytest.mark.parametrize("batch", [(), (1,), (4,), (3, 4), (2, 3, 4)], ids=str)
+@with_axis
+def test_options_of_arrays_of_one_shape(entry, batch, dtype, monkeypatch):
+    """With axis, keepdims and out: the same bits, past what takes longer than a small kernel."""
+    arrays = {name: a.astype(dtype) for name, a in entry.inputs("float32", batch, 5).items()}
+    want = entry(arrays)
+    across = {name: np.ascontiguousarray(np.moveaxis(a, -1, 0)) for name, a in arrays.items()}
+    first, last = (1, *batch), (*batch, 1)
+    for laid, axis, kept in ((arrays, -1, last), (arrays, len(batch), last), (across, 0, first)):
+        outs = [np.full(shape, 7, want.dtype) for shape in (batch, kept)]
+        with monkeypatch.context() as patch:
+            for name in ("broadcast_shapes", "broadcast_arrays", "broadcast_to", "result_type"):
+                patch.setattr(np, name, refuse)
+            got = entry(laid, axis=axis)
+            got_kept = entry(laid, axis=axis, keepdims=True)
+            assert entry(laid, axis=axis, out=outs[0]) is outs[0]
+            assert entry(laid, axis=axis, keepdims=True, out=outs[1]) is outs[1]
+        assert got_kept.flags.writeable
+        np.testing.assert_array_equal(got, want, strict=True)
+        np.testing.assert_array_equal(got_kept, want.reshape(kept), strict=True)
+        for out in outs:
+            np.testing.assert_array_equal(out, want.reshape(out.shape), strict=True)
+
+
+@pytest.mark.parametrize("function", [klfast.kl_discrete, klfast.kl_categorical])
+@pytest.mark.parametrize("batch", [(), (4,), (3, 4)], ids=str)
+def test_base_with_out(function, batch):
+    p, q = np.random.default_rng(0).uniform(1, 2, (2, *batch, 5))
+    want = function(p, q) / np.log(2)
+    np.testing.assert_array_equal(function(p, q, base=2), want, strict=True)
+    out = np.full((*batch, 1), 7.0)
+    assert function(p, q, base=2, keepdims=True, out=out) is out
+    np.testing.assert_array_equal(out[..., 0], want)
+
+
+@pytest.mark.parametrize("kind", [float, int, np.float64, np.float32, np.array])
+def test_one_temperature_of_any_kind(kind):
+    a, b = np.random.default_rng(0).normal(size=(2, 3, 4, 5))
+    for p, q in ((a[0, 0], b[0, 0]), (a[0], b[0]), (a, b), (a, b[0, 0])):
+        want = klfast.kl_categorical(p / 2, q / 2)
+        got = klfast.kl_categorical(p, q, temperature=kind(2))
+        np.testing.assert_allclose(got, want, rtol=1e-13, strict=True)
+        out = np.empty(want.shape)
+        klfast.kl_categorical(p, q, temperature=kind(2), out=out)
+        np.testing.assert_array_equal(out, got)
+
+
+@pytest.mark.parametrize("kind", ["scale", "var"])
+@pytest.mark.parametrize("dtype", [*DTYPES, "float16"])
+@pytest.mark.parametrize("batch", [(), (4,), (3, 4)], ids=str)
+def test_standard_normal_with_options(kind, dtype, batch):
+    """Left out, or given by numbers, as by arrays."""
+    loc, spread = np.random.default_rng(0).uniform(0.5, 2, (2, *batch, 5)).astype(dtype)
+    zero, one = np.zeros_like(loc), np.ones_like(loc)
+
+    def call(*q, **options):
+        of_q = dict(zip(("loc_q", f"{kind}_q"), q, strict=False))
+        return klfast.kl_normal(loc, **{f"{kind}_p": spread}, **of_q, **options)
+
+    for options in ({}, {"keepdims": True}, *({"axis": i} for i in (0, len(batch), ()))):
+        want = call(zero, one, **options)
+        np.testing.assert_array_equal(call(**options), want, strict=True)
+        np.testing.assert_array_equal(call(0.0, 1, **options), want, strict=True)
+        np.testing.assert_array_equal(call(0.0, one, **options), want, strict=True)
+        out = np.empty(want.shape, want.dtype)
+        for q in ((), (0.0, 1.0)):
+            out[...] = 7
+            assert call(*q, **options, out=out) is out
+            np.testing.assert_array_equal(out, want)
+
+
+@pytest.mark.parametrize("given", [np.float32, np.float64])
+@plain
+def test_out_of_another_precision(entry, given):
+    for batch in ((), (4,)):
+        arrays = entry.inputs(np.dtype(given).name, batch, 5)
+        want = entry(arrays)
+        for dtype in ("float16", "float32", "float64"):
+            out = np.full(batch, 7, dtype)
+            assert entry(arrays, out=out) is out
+            np.testing.assert_array_equal(out, np.asarray(want).astype(dtype))
+
+
+@plain
+def test_out_may_be_an_element_of_the_input(entry):
+    arrays = entry.inputs("float64", (), 5)
+    want = entry(arrays)
+    for name in arrays:
+        copies = {key: a.copy() for key, a in arrays.items()}
+        out = copies[name].reshape(-1)[:1].reshape(())
+        entry(copies, out=out)
+        assert out == want
+        if entry.core == 1:
+            copies[name][...] = arrays[name]
+            entry(copies, keepdims=True, out=copies[name][:1])
+            assert copies[name][0] == want
+
+
 @plain
 def test_out_may_overlap_the_input(entry):
     arrays = entry.inputs("float64", (40,), 40 if entry.core == 1 else 5)

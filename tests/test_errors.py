@@ -60,7 +60,8 @@ def test_shapes(entry):
     out = np.full(2, 7.0)
     for name in arrays:
         if entry.function != "kl_normal":  # whose scalars are the same for every dimension
-            refuses(ValueError, [name], entry, {**arrays, name: np.float64(1)}, out=out)
+            for number in (np.float64(1), 1.0, 1):
+                refuses(ValueError, [name], entry, {**arrays, name: number}, out=out)
         refuses(ValueError, [name], entry, {**arrays, name: arrays[name][..., :2]}, out=out)
         three = np.repeat(arrays[name][:1], 3, axis=0)
         refuses(ValueError, [name], entry, {**arrays, name: three}, out=np.full(3, 7.0))
@@ -87,6 +88,43 @@ def test_out(entry, batch):
     locked = np.full(batch, 7.0)
     locked.flags.writeable = False
     refuses(ValueError, ["out"], entry, arrays, out=locked)
+
+
+@pytest.mark.parametrize("entry", PLAIN, ids=lambda e: e.id)
+@pytest.mark.parametrize("batch", [(), (1,), (2,), (2, 3)])
+def test_out_of_a_shape_that_the_result_would_broadcast_to(entry, batch):
+    arrays = entry.inputs("float64", batch, 3)
+    for shape in {(1, *batch), (5, *batch), (*batch[:-1], 5), ()} - {batch}:
+        refuses(ValueError, ["out", str(shape), str(batch)], entry, arrays, out=np.full(shape, 7.0))
+
+
+@pytest.mark.parametrize("entry", PLAIN[:3], ids=lambda e: e.id)
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+def test_out_with_options(entry, batch):
+    arrays, last = entry.inputs("float64", batch, 3), len(batch)
+    for axis in (-1, last):
+        for shape in (batch, (*batch, 2), (*batch, 1, 1), (4, *batch, 1)):
+            wrong = np.full(shape, 7.0)
+            refuses(ValueError, ["out", str(shape)], entry, arrays, axis=axis, keepdims=True,
+                    out=wrong)  # fmt: skip
+        refuses(EITHER, ["out"], entry, arrays, axis=axis, keepdims=True,
+                out=np.full((*batch, 1), 7))  # fmt: skip
+        locked = np.full((*batch, 1), 7.0)
+        locked.flags.writeable = False
+        refuses(ValueError, ["out is read-only"], entry, arrays, axis=axis, keepdims=True,
+                out=locked)  # fmt: skip
+        refuses(EITHER, ["out"], entry, arrays, axis=axis, out=np.full(batch, 7))
+    refuses(np.exceptions.AxisError, [str(last + 1)], entry, arrays, axis=last + 1, keepdims=True,
+            out=np.full((*batch, 1), 7.0))  # fmt: skip
+
+
+def test_normal_shapes_without_q():
+    for q in ({}, {"loc_q": 0.0, "scale_q": 1.0}):
+        refuses(ValueError, ["loc_p (2,), scale_p (3,), loc_q (), scale_q ()"], klfast.kl_normal,
+                ONE, np.ones(3), **q, out=np.array(7.0))  # fmt: skip
+    for axis in (-1, 0):
+        refuses(np.exceptions.AxisError, ["loc_p"], klfast.kl_normal, np.float64(1), np.float64(1),
+                axis=axis)  # fmt: skip
 
 
 @pytest.mark.parametrize("entry", PLAIN, ids=lambda e: e.id)
