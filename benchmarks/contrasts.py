@@ -152,8 +152,8 @@ CONTRASTS = [
             "np.vecdot",
             small,
             out,
-            floor=0.1 if out else 0.6,
-            aim=0.3 if out else 1,
+            floor=0.6,
+            aim=1,
             large=False,
             same=False,
         )

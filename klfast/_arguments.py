@@ -125,10 +125,15 @@ def only_one(side: str, **spreads: Any) -> tuple[str, Any]:
     return given[0], spreads[given[0]]
 
 
-def check_out(out: Any, keepdims: bool = False, axis: int = -1) -> Any:
+def only_out(out: Any) -> Any:
+    """NumPy takes a tuple of one, too."""
+    return out[0] if isinstance(out, tuple) and len(out) == 1 else out
+
+
+def check_out(out: Any, operands: Sequence[Any], *, keepdims: bool = False, axis: int = -1) -> Any:
     """The array the gufunc writes to: `out`, without the axis that keepdims leaves in."""
-    if isinstance(out, tuple) and len(out) == 1:
-        out = out[0]
+    if any(map(is_lazy, operands)):
+        raise TypeError("out cannot be filled from lazy arrays: compute these first")
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out must be a numpy.ndarray, got {type(out).__name__}")
     if not out.flags.writeable:
@@ -160,7 +165,7 @@ def reduce(
 ) -> Any:
     """Call the gufunc `name` over one core axis of `arrays`; `extra` operands have no core axis.
     `fit`: given arrays of several shapes and the axis, broadcasts beyond what the gufunc does."""
-    log_base = None if base is None else check_base(base)
+    log_base, out = None if base is None else check_base(base), only_out(out)
     gufunc, operands = _kernels.gufuncs[name], list(arrays.values())
     ready, alike = look(operands)
     if fit is not None and not alike:
@@ -170,7 +175,9 @@ def reduce(
     if not ready:
         gufunc, operands = gufunc_for(name, arrays)
     axis = check_axis(axis, arrays, operands)
-    target = None if out is None else check_out(out, keepdims, axis)
+    target = None
+    if out is not None:
+        target = check_out(out, operands, keepdims=keepdims, axis=axis)
     moved = operands if axis == -1 else [_axis_last(x, axis) for x in operands]
     inputs = [*moved, *extra]
     if alike and (not extra or type(extra[0]) is float):

@@ -86,8 +86,8 @@ def kl_categorical(
     0.143841
     """
     temperature = check_temperature(temperature)
-    if axis == -1 and not keepdims and base is None and out is None:
-        result = _kernels.plain["categorical"](logits_p, logits_q, temperature)
+    if axis == -1 and not keepdims and base is None:
+        result = _kernels.plain["categorical"](logits_p, logits_q, temperature, out=out)
         if result is not None:
             return result
     return reduce(

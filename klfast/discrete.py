@@ -82,8 +82,8 @@ def kl_discrete(
     1.0
     """
     name = "discrete" if normalize else "discrete_plain"
-    if axis == -1 and not keepdims and base is None and out is None:
-        result = _kernels.plain[name](p, q)
+    if axis == -1 and not keepdims and base is None:
+        result = _kernels.plain[name](p, q, out=out)
         if result is not None:
             return result
     return reduce(name, {"p": p, "q": q}, axis=axis, keepdims=keepdims, base=base, out=out)

@@ -18,6 +18,7 @@ from klfast._arguments import (
     is_lazy,
     look,
     only_one,
+    only_out,
 )
 
 __all__ = ["kl_mvn"]
@@ -109,22 +110,19 @@ def kl_mvn(
     if errors not in ("raise", "nan"):
         raise ValueError(f"errors must be 'raise' or 'nan', got {errors!r}")
     kinds, operands = given(loc_p, cov_p, loc_q, cov_q, scale_tril_p, scale_tril_q)
-    alone = _kernels.plain["_".join(("mvn", *kinds))](*operands)  # one item that is not NaN
-    if alone is not None and out is None:
-        return alone
+    result = _kernels.plain["_".join(("mvn", *kinds))](*operands, out=out)
+    if result is not None:
+        return result
     gufunc, names = GUFUNCS[kinds]
     operands = to_floats(names, operands)
+    target = None if out is None else check_out(only_out(out), operands)
     if any(map(is_lazy, operands)):
-        batch_shape(names, operands, out)
+        batch_shape(names, operands, None)
         return gufunc(*operands)
-    target = None if out is None else check_out(out)
-    if alone is None:
-        result = _of_batch(gufunc, names, operands, target if errors == "nan" else None)
-    else:
-        result = alone
+    result = _of_batch(gufunc, names, operands, target if errors == "nan" else None)
     if target is not None and (target.shape != result.shape or target.dtype != result.dtype):
         batch_shape(names, operands, target)
-    if alone is None and np.isnan(result).any():
+    if np.isnan(result).any():
         account_for_nan(gufunc, names, operands, np.asarray(result), errors)
     if target is None:
         return result

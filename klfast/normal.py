@@ -107,8 +107,8 @@ def kl_normal(
         kind_q, q = "standard", ()
     else:
         kind_q, q = kind_p, _standard_beside(loc_p, spread_p, kind_p, axis)
-    if axis == -1 and not keepdims and out is None:
-        result = PLAIN[kind_p, kind_q](loc_p, spread_p, *q)
+    if axis == -1 and not keepdims:
+        result = PLAIN[kind_p, kind_q](loc_p, spread_p, *q, out=out)
         if result is not None:
             return result
     kernel, arrays = f"normal_{kind_p}_{kind_q}", {"loc_p": loc_p, f"{kind_p}_p": spread_p}

@@ -16,8 +16,9 @@ cdef union Result:
 
 
 cdef class Plain:
-    """A gufunc for such arrays. Called, it gives the result, or None where the long way is needed:
-    for other arrays, for those that do not fit together, for results that want an explanation."""
+    """A gufunc for such arrays. Called, it gives the result, in `out` if that is given, or None where
+    the long way is needed: for other arrays, for those that do not fit together, for results that
+    want an explanation."""
     cdef object gufunc
     cdef const Kernel *kernel_f32
     cdef const Kernel *kernel_f64
@@ -25,7 +26,7 @@ cdef class Plain:
     cdef int core_axes[MAX_OPERANDS]  # axes that belong to one distribution
     cdef bint explains_nan            # NaN may have a cause that only the long way tells
 
-    def __call__(self, *operands):
+    def __call__(self, *operands, out=None):
         cdef int number = -1, batch_axes = 0, i
         cdef cnp.ndarray x
         if len(operands) < self.n_arrays:
@@ -43,17 +44,37 @@ cdef class Plain:
             batch_axes = max(batch_axes, cnp.PyArray_NDIM(x) - self.core_axes[i])
         if number != cnp.NPY_FLOAT and number != cnp.NPY_DOUBLE:
             return None
+        if out is not None and not self.holds(out, operands, number, batch_axes):
+            return None
         if batch_axes == 0:
-            return self.of_one(operands, number)
-        return self.of_batch(operands) if batch_axes == 1 and not self.explains_nan else None
+            return self.of_one(operands, number, out)
+        return self.of_batch(operands, out) if batch_axes == 1 and not self.explains_nan else None
 
-    cdef object of_batch(self, tuple operands):
+    cdef bint holds(self, object out, tuple operands, int number, int batch_axes):
+        """Whether `out` has the dtype and the shape of the result, no larger one either."""
+        cdef npy_intp batch = 1
+        cdef int i
+        cdef cnp.ndarray x
+        if not cnp.PyArray_CheckExact(out) or not cnp.PyArray_ISBEHAVED(<cnp.ndarray> out):
+            return False
+        if cnp.PyArray_TYPE(<cnp.ndarray> out) != number or (
+                cnp.PyArray_NDIM(<cnp.ndarray> out) != batch_axes):
+            return False
+        if len(operands) > self.n_arrays and type(operands[self.n_arrays]) is not float:
+            return False
+        for i in range(self.n_arrays if batch_axes == 1 else 0):
+            x = <cnp.ndarray> operands[i]
+            if cnp.PyArray_NDIM(x) > self.core_axes[i]:
+                batch = max(batch, cnp.PyArray_DIM(x, 0))
+        return batch_axes == 0 or cnp.PyArray_DIM(<cnp.ndarray> out, 0) == batch
+
+    cdef object of_batch(self, tuple operands, object out):
         try:
-            return self.gufunc(*operands)
+            return self.gufunc(*operands, out=out)
         except ValueError:
             return None
 
-    cdef object of_one(self, tuple operands, int number):
+    cdef object of_one(self, tuple operands, int number, object out):
         cdef const Kernel *kernel = self.kernel_f64 if number == cnp.NPY_DOUBLE else self.kernel_f32
         cdef char *data[MAX_OPERANDS + 1]
         cdef npy_intp sizes[2]
@@ -77,15 +98,21 @@ cdef class Plain:
         if kernel.n_operands - 1 > self.n_arrays:
             temperature = operands[self.n_arrays]
             if type(temperature) is not float:
-                return self.of_batch(operands)
+                return self.of_batch(operands, out)
             number_operand = temperature
             data[self.n_arrays] = <char *> &number_operand
         data[kernel.n_operands - 1] = <char *> &result
         gufunc_loop(data, sizes, steps, kernel)
         cdef double value = result.of_double if number == cnp.NPY_DOUBLE else result.of_float
         if value != value:  # NumPy reports bad values
-            return None if self.explains_nan else self.of_batch(operands)
-        return PyArray_Scalar(&result, cnp.PyArray_DESCR(x), None)
+            return None if self.explains_nan else self.of_batch(operands, out)
+        if out is None:
+            return PyArray_Scalar(&result, cnp.PyArray_DESCR(x), None)
+        if number == cnp.NPY_DOUBLE:
+            (<double *> cnp.PyArray_DATA(<cnp.ndarray> out))[0] = result.of_double
+        else:
+            (<float *> cnp.PyArray_DATA(<cnp.ndarray> out))[0] = result.of_float
+        return out
 
 
 cdef object make_plain(object gufunc, str signature, const Kernel *kernel_f32,

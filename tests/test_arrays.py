@@ -324,6 +324,18 @@ def test_out_of_another_precision(entry, given):
 
 
 @plain
+def test_out_in_a_tuple(entry):
+    """As NumPy's ufuncs take it."""
+    for batch in ((), (4,)):
+        arrays = entry.inputs("float64", batch, 5)
+        out = np.full(batch, 7.0)
+        assert entry(arrays, out=(out,)) is out
+        np.testing.assert_array_equal(out, entry(arrays))
+        with pytest.raises(ValueError, match=r"out has shape \(3, 9\)"):
+            entry(arrays, out=(np.empty((3, 9)),))
+
+
+@plain
 def test_out_may_be_an_element_of_the_input(entry):
     arrays = entry.inputs("float64", (), 5)
     want = entry(arrays)

@@ -51,6 +51,16 @@ def test_dask_stays_lazy(entry):
     assert isinstance(entry(unready), da.Array)
 
 
+@plain
+def test_dask_fills_no_out(entry):
+    arrays = entry.inputs("float64", (6,), 3)
+    chunked = {name: da.from_array(a) for name, a in arrays.items()}
+    out = np.full(6, 7.0)
+    with pytest.raises(TypeError, match="out cannot be filled from lazy arrays"):
+        entry(chunked, out=out)
+    np.testing.assert_array_equal(out, 7)
+
+
 def test_dask_options():
     arrays = IDS["discrete"].inputs("float64", (6,), 5)
     p, q = (da.from_array(a, chunks=(3, 5)) for a in arrays.values())
