@@ -1,4 +1,4 @@
-"""Values and gradients: a row's value by the drivers of rows.pxi, then one pass more over the row,
+"""Values and gradients: a row's value by those of rows.pxi and bands.pxi, then one pass more over the row,
 still in cache, that writes the gradients. Short rows are computed side by side.
 
 What the pass needs from the row is its Slope, made of the sums that the value was made of. Where
@@ -375,7 +375,8 @@ cdef inline int gradients_in_groups(const Batch *batch, npy_intp first, npy_intp
         for lane in range(LANES):
             memset(&group.slopes[lane], 0, sizeof(Slope))
             group.slopes[lane].weight = 1
-            start_slope(batch, first + min(lane, group.band.rows.used - 1), &row, &group.slopes[lane])
+            start_slope(batch, first + min(lane, group.band.rows.used - 1), &row,
+                        &group.slopes[lane])
             group.band.parts[0].beta[lane] = group.slopes[lane].beta
         status |= group_gradients(batch, first, kernel, watch, &group, of_type)
         first += LANES

@@ -16,9 +16,9 @@ cdef union Result:
 
 
 cdef class Plain:
-    """A gufunc for such arrays. Called, it gives the result, in `out` if that is given, or None where
-    the long way is needed: for other arrays, for those that do not fit together, for results that
-    want an explanation."""
+    """A gufunc for such arrays. Called, it gives the result, in `out` if that is given, or None
+    where the long way is needed: for other arrays, for those that do not fit together, for results
+    that want an explanation."""
     cdef object gufunc
     cdef const Kernel *kernel_f32
     cdef const Kernel *kernel_f64

@@ -1,0 +1,446 @@
+"""LANES rows side by side, in bands of a few such groups: short rows, and rows whose elements lie
+further apart than the rows do.
+
+Rows are columns here: in place, or in a buffer, to which rows are transposed, lines of neighbouring
+columns copied, and all else gathered and converted. A row's bits do not depend on its neighbours,
+those of a short one not on how it lies either.
+"""
+
+from numpy cimport npy_intp
+from sums cimport (
+    LANES, MAX_OPERANDS, SHORT_ROW, STRIP, Family, LaneParts, LaneSums, Row, clear_lanes, copy,
+    fill, least, two_sum,
+)
+from vecmath cimport INFINITY, larger, real
+
+cdef extern from "transpose.h" nogil:
+    void copy_line(const char *line, npy_intp ahead, npy_intp n, char *into)
+    void prefetch(const char *data, npy_intp n)
+    void transpose_f32(const float *x, npy_intp outer, npy_intp n, npy_intp rows, float *into,
+                       npy_intp width)
+    void transpose_f64(const double *x, npy_intp outer, npy_intp n, npy_intp rows, double *into,
+                       npy_intp width)
+
+cdef enum:
+    BAND_BYTES = 256           # of neighbouring columns: wider lines are no faster
+    ROWS_AHEAD = 4             # nor are 8
+    MAX_GROUPS = BAND_BYTES / 4 / LANES
+
+cdef enum Layout:
+    COLUMNS            # elements of neighbouring rows side by side
+    ROWS               # elements of each row side by side, to be transposed
+    SCATTERED          # to be gathered
+
+ctypedef struct Rows:
+    Row first
+    npy_intp outer[MAX_OPERANDS]     # bytes from one row to the next
+    int layout[MAX_OPERANDS]
+    int groups                       # of LANES rows
+    int used                         # how many of these there are: all, or less than LANES
+    bint gapless                     # whether each row begins where the one before ends
+    bint in_lines                    # whether all operands lie in columns
+
+ctypedef struct LaneTotals:
+    LaneSums sums
+    LaneSums rests               # what the rounding of these left out
+    double shift[LANES]
+    double peak[LANES]
+
+ctypedef struct Band:
+    Rows rows
+    bint wanted[MAX_GROUPS]
+    LaneParts parts[MAX_GROUPS]
+    LaneTotals whole[MAX_GROUPS]     # of rows of more than one strip
+
+
+cdef int layout_of(const Rows *rows, int operand, real of_type) noexcept nogil:
+    if rows.used < LANES or rows.first.format != native_format(of_type):
+        return Layout.SCATTERED
+    if rows.outer[operand] == sizeof(real):
+        return Layout.COLUMNS
+    return Layout.ROWS if rows.first.step[operand] == sizeof(real) else Layout.SCATTERED
+
+
+cdef void choose_layout(Rows *rows, int used, real of_type) noexcept nogil:
+    cdef int operand
+    rows.used, rows.groups = used, max(1, used // LANES)
+    rows.gapless = rows.in_lines = True
+    for operand in range(rows.first.n_operands):
+        rows.layout[operand] = layout_of(rows, operand, of_type)
+        rows.in_lines &= rows.layout[operand] == Layout.COLUMNS
+        rows.gapless &= rows.layout[operand] == Layout.ROWS and (
+            rows.outer[operand] == rows.first.length * <npy_intp> sizeof(real))
+
+
+cdef inline void transpose(const real *x, npy_intp outer, int n, int rows, real *into,
+                           int width) noexcept nogil:
+    """into[i * width + row] = element i of a row."""
+    if real is float:
+        transpose_f32(x, outer, n, rows, into, width)
+    else:
+        transpose_f64(x, outer, n, rows, into, width)
+
+
+cdef void gather(int format, const char *data, npy_intp outer, npy_intp step, int n, int used,
+                 real *into, int width) noexcept nogil:
+    """The same for LANES rows anywhere; the first instead of those from `used` on."""
+    cdef real converted[LANES * STRIP]
+    cdef int i, lane
+    convert(format, data, step, n, converted)
+    if outer == 0:
+        for i in range(n):
+            for lane in range(LANES):
+                into[i * width + lane] = converted[i]
+        return
+    for lane in range(1, LANES):
+        convert(format, data + (lane if lane < used else 0) * outer, step, n, converted + lane * n)
+    transpose(converted, n, n, LANES, into, width)
+
+
+cdef inline int strip_length(const Rows *rows, npy_intp start) noexcept nogil:
+    return <int> min(<npy_intp> STRIP, rows.first.length - start)
+
+
+cdef void load_lines(const Rows *rows, npy_intp start, int n, real *buffer, const real **x,
+                     npy_intp *step) noexcept nogil:
+    """Copies: lines of the cache a power of two apart evict each other. Those of all operands in
+    turn, each asked for some rows ahead: processors do not foresee the way from row to row. 0.50 to
+    0.60 of the speed of rows, for logits of 1000 x 4096."""
+    cdef const Row *row = &rows.first
+    cdef int operand, i, n_operands = row.n_operands, width = rows.groups * LANES
+    cdef npy_intp line = width * sizeof(real), pitch = n * line
+    cdef const char *data[MAX_OPERANDS]
+    cdef npy_intp outer[MAX_OPERANDS]
+    cdef char *into = <char *> buffer
+    for operand in range(n_operands):
+        outer[operand] = row.step[operand]
+        data[operand] = row.data[operand] + start * outer[operand]
+        x[operand], step[operand] = buffer + operand * n * width, width
+    for i in range(n):
+        for operand in range(n_operands):
+            copy_line(data[operand], ROWS_AHEAD * outer[operand], line, into + operand * pitch)
+            data[operand] += outer[operand]
+        into += line
+
+
+cdef void load_rows(const Rows *rows, int operand, npy_intp start, int n,
+                    real *into) noexcept nogil:
+    cdef const Row *row = &rows.first
+    cdef npy_intp outer = rows.outer[operand]
+    cdef const char *data = row.data[operand] + start * row.step[operand]
+    cdef int group, width = rows.groups * LANES
+    if rows.layout[operand] == Layout.ROWS:
+        if rows.gapless and rows.groups == 1:  # longer rows
+            prefetch(data + 2 * LANES * outer, LANES * outer)
+        transpose(<const real *> data, outer // <npy_intp> sizeof(real), n, width, into, width)
+        return
+    for group in range(rows.groups):
+        gather(row.format, data + group * LANES * outer, outer, row.step[operand], n, rows.used,
+               into + group * LANES, width)
+
+
+cdef void load_strip(const Rows *rows, npy_intp start, int n, real *buffer, const real **x,
+                     npy_intp *step) noexcept nogil:
+    """n elements of each row as columns, `step` elements apart: in the buffer, or in place."""
+    cdef const Row *row = &rows.first
+    cdef int operand, width = rows.groups * LANES
+    if rows.in_lines:
+        load_lines(rows, start, n, buffer, x, step)
+        return
+    for operand in range(row.n_operands):
+        if rows.layout[operand] == Layout.COLUMNS:
+            x[operand] = <const real *> (row.data[operand] + start * row.step[operand])
+            step[operand] = row.step[operand] // <npy_intp> sizeof(real)
+        else:
+            load_rows(rows, operand, start, n, buffer)
+            x[operand], step[operand] = buffer, width
+            buffer += n * width
+
+
+cdef void columns(const Row *row, const real **x, const npy_intp *step, int n,
+                  LaneParts *into) noexcept nogil:
+    """Add n columns."""
+    if row.family == Family.NORMAL:
+        normal_columns(x, step, n, row, into)
+    elif row.family == Family.DISCRETE:
+        discrete_columns(x, step, n, row.normalize, into)
+    else:
+        categorical_columns(x, step, n, into)
+
+
+# Strips of LANES rows, put together side by side as add_part does it for one row.
+
+cdef inline void add_exactly(double *sums, const double *terms, double *rests) noexcept nogil:
+    cdef int lane
+    for lane in range(LANES):
+        sums[lane] = two_sum(sums[lane], terms[lane], &rests[lane])
+
+
+cdef inline void exp_lanes(const double *x, const double *rests, double *into) noexcept nogil:
+    cdef int lane
+    for lane in range(LANES):
+        into[lane] = clamped_exp(x[lane], rests[lane])
+
+
+cdef inline void phi_lanes(const double *x, const double *rests, double *into) noexcept nogil:
+    cdef int lane
+    for lane in range(LANES):
+        into[lane] = clamped_phi(x[lane], rests[lane])
+
+
+cdef void rebase(LaneSums *sums, const double *shift, const double *peak, const double *beta,
+                 const double *new_shift, const double *new_peak) noexcept nogil:
+    """Make sums relative to another shift and peak."""
+    cdef int lane
+    cdef double mixed
+    cdef double d[LANES]
+    cdef double d_rest[LANES]
+    cdef double fall[LANES]
+    cdef double fall_rest[LANES]
+    cdef double both[LANES]
+    cdef double both_rest[LANES]
+    cdef double factor[LANES]
+    cdef double grown[LANES]
+    cdef double between[LANES]
+    for lane in range(LANES):
+        d[lane] = exponent(new_shift[lane], shift[lane], beta[lane], &d_rest[lane])
+        fall[lane] = exponent(peak[lane], new_peak[lane], beta[lane], &fall_rest[lane])
+        both_rest[lane] = fall_rest[lane] + d_rest[lane]
+        both[lane] = two_sum(fall[lane], d[lane], &both_rest[lane])
+    exp_lanes(fall, fall_rest, factor)
+    exp_lanes(both, both_rest, grown)
+    phi_lanes(d, d_rest, between)
+    for lane in range(LANES):
+        mixed = factor[lane] * between[lane] * sums.weight[lane]
+        mixed += (grown[lane] - factor[lane]) * sums.drift[lane]
+        mixed = mixed if sums.weight[lane] > 0 else 0
+        sums.divergence[lane] = grown[lane] * sums.divergence[lane] + mixed
+        sums.drift[lane] = factor[lane] * (sums.drift[lane] + d[lane] * sums.weight[lane])
+        sums.weight[lane] *= factor[lane]
+
+
+cdef void add_shifted(LaneTotals *whole, const LaneParts *part) noexcept nogil:
+    """Relative to the mean of the shifts, as `combine` does it."""
+    cdef int lane
+    cdef double peak, other
+    cdef double zeros[LANES]
+    cdef double falls[2][LANES]
+    cdef double shares[2][LANES]
+    cdef double new_shift[LANES]
+    cdef double new_peak[LANES]
+    cdef LaneSums added = part.sums
+    fill(zeros, 0.0)
+    for lane in range(LANES):
+        peak = whole.peak[lane] if whole.sums.weight[lane] > 0 else -INFINITY
+        peak = larger(peak, part.peak[lane] if added.weight[lane] > 0 else -INFINITY)
+        new_peak[lane] = peak if peak > -INFINITY else 0
+        falls[0][lane] = (whole.peak[lane] - new_peak[lane]) * part.beta[lane]
+        falls[1][lane] = (part.peak[lane] - new_peak[lane]) * part.beta[lane]
+    exp_lanes(falls[0], zeros, shares[0])
+    exp_lanes(falls[1], zeros, shares[1])
+    for lane in range(LANES):
+        other = shares[1][lane] * added.weight[lane]
+        other = other / (shares[0][lane] * whole.sums.weight[lane] + other) if other > 0 else 0
+        new_shift[lane] = whole.shift[lane] + other * (part.shift[lane] - whole.shift[lane])
+    rebase(&whole.sums, whole.shift, whole.peak, part.beta, new_shift, new_peak)
+    rebase(&added, part.shift, part.peak, part.beta, new_shift, new_peak)
+    for lane in range(LANES):
+        whole.sums.weight[lane] += added.weight[lane]
+        whole.sums.divergence[lane] += added.divergence[lane]
+        whole.sums.drift[lane] += added.drift[lane]
+    copy(new_shift, whole.shift)
+    copy(new_peak, whole.peak)
+
+
+cdef void add_strip(LaneTotals *whole, const LaneParts *part, bint first,
+                    bint shifted) noexcept nogil:
+    if first:
+        whole.sums = part.sums
+        copy(part.shift, whole.shift)
+        copy(part.peak, whole.peak)
+        clear_lanes(&whole.rests)
+        copy(part.sums.rest, whole.rests.drift)
+        return
+    if shifted:
+        add_shifted(whole, part)
+        return
+    add_exactly(whole.sums.weight, part.sums.weight, whole.rests.weight)
+    add_exactly(whole.sums.divergence, part.sums.divergence, whole.rests.divergence)
+    add_exactly(whole.sums.drift, part.sums.drift, whole.rests.drift)
+    add_exactly(whole.sums.drift, part.sums.rest, whole.rests.drift)
+    add_exactly(whole.sums.direct, part.sums.direct, whole.rests.direct)
+
+
+cdef inline void take_whole(const LaneTotals *whole, LaneParts *parts) noexcept nogil:
+    cdef int lane
+    for lane in range(LANES):
+        parts.sums.weight[lane] = whole.sums.weight[lane] + whole.rests.weight[lane]
+        parts.sums.divergence[lane] = whole.sums.divergence[lane] + whole.rests.divergence[lane]
+        parts.sums.drift[lane] = whole.sums.drift[lane] + whole.rests.drift[lane]
+        parts.sums.direct[lane] = whole.sums.direct[lane] + whole.rests.direct[lane]
+        parts.sums.rest[lane] = 0
+        parts.shift[lane], parts.peak[lane] = whole.shift[lane], whole.peak[lane]
+
+
+# A band.
+
+cdef void sum_strip(Band *band, int n, const real **x, const npy_intp *step) noexcept nogil:
+    """The sums of n columns, of the groups that are wanted."""
+    cdef const real *at[MAX_OPERANDS]
+    cdef int group, operand
+    for group in range(band.rows.groups):
+        if band.wanted[group]:
+            for operand in range(band.rows.first.n_operands):
+                at[operand] = x[operand] + group * LANES
+            clear_lanes(&band.parts[group].sums)
+            columns(&band.rows.first, at, step, n, &band.parts[group])
+
+
+cdef void sum_band(Band *band, real *buffer, const real **x, npy_intp *step) noexcept nogil:
+    """The sums of the groups that are wanted."""
+    cdef const Row *row = &band.rows.first
+    cdef npy_intp start = 0
+    cdef int n, group
+    if row.length <= STRIP:
+        load_strip(&band.rows, 0, <int> row.length, buffer, x, step)
+        sum_strip(band, <int> row.length, x, step)
+        return
+    while start < row.length:
+        n = strip_length(&band.rows, start)
+        load_strip(&band.rows, start, n, buffer, x, step)
+        sum_strip(band, n, x, step)
+        for group in range(band.rows.groups):
+            if band.wanted[group]:
+                add_strip(&band.whole[group], &band.parts[group], start == 0,
+                          row.family == Family.CATEGORICAL)
+        start += n
+    for group in range(band.rows.groups):
+        if band.wanted[group]:
+            take_whole(&band.whole[group], &band.parts[group])
+
+
+cdef bint sum_gapless(Band *band, real of_type) noexcept nogil:
+    """The same from where the rows lie; False where it cannot be had."""
+    cdef const Row *row = &band.rows.first
+    cdef const real *x[MAX_OPERANDS]
+    cdef int operand
+    if row.family != Family.NORMAL or not band.rows.gapless or row.length >= SHORT_ROW:
+        return False
+    for operand in range(MAX_OPERANDS):
+        x[operand] = <const real *> row.data[operand]
+    return normal_gapless(x, <int> row.length, band.rows.groups, row, band.parts)
+
+
+cdef inline void finish_lanes_of(const Row *row, const LaneParts *parts, int groups,
+                                 double *values, double *conditions) noexcept nogil:
+    cdef double value[LANES]
+    cdef double condition[LANES]
+    cdef const LaneSums *sums
+    cdef int group, lane
+    for group in range(groups):
+        sums = &parts[group].sums
+        for lane in range(LANES):
+            condition[lane] = finish(
+                row, &value[lane], sums.weight[lane], sums.divergence[lane],
+                sums.drift[lane] + sums.rest[lane], sums.direct[lane])
+            condition[lane] = condition[lane] if condition[lane] >= 0 else -1  # NaN too
+            condition[lane] = condition[lane] if parts[group].doubtful[lane] == 0 else -1
+        copy(value, values + group * LANES)
+        copy(condition, conditions + group * LANES)
+
+
+cdef void finish_lanes(const Row *row, const LaneParts *parts, int groups, double *values,
+                       double *conditions) noexcept nogil:
+    """As `finish`, for groups of LANES rows; families apart, so that each is packed."""
+    cdef Row fixed = row[0]
+    if row.family == Family.CATEGORICAL and row.length > 1:
+        fixed.family, fixed.normalize, fixed.length = Family.CATEGORICAL, True, 2
+        finish_lanes_of(&fixed, parts, groups, values, conditions)
+    elif row.family == Family.DISCRETE and row.normalize and row.length > 1:
+        fixed.family, fixed.normalize, fixed.length = Family.DISCRETE, True, 2
+        finish_lanes_of(&fixed, parts, groups, values, conditions)
+    elif row.family == Family.NORMAL:
+        fixed.family = Family.NORMAL
+        finish_lanes_of(&fixed, parts, groups, values, conditions)
+    else:
+        finish_lanes_of(row, parts, groups, values, conditions)
+
+
+cdef inline void choose_ratios(LaneParts *parts, const double *conditions) noexcept nogil:
+    """Of badly conditioned rows."""
+    cdef int lane
+    for lane in range(LANES):
+        if conditions[lane] < 0:
+            discrete_refine(parts.sums.weight[lane], parts.sums.divergence[lane],
+                            parts.sums.drift[lane], &parts.ratio[lane])
+            parts.ratio[lane] = usable(parts.ratio[lane])
+    parts.scaled = True
+
+
+cdef inline void finish_again(const Row *row, const LaneParts *parts, double *values,
+                              double *conditions) noexcept nogil:
+    """The values of rows that were badly conditioned."""
+    cdef double new_values[LANES]
+    cdef double new_conditions[LANES]
+    cdef int lane
+    finish_lanes(row, parts, 1, new_values, new_conditions)
+    for lane in range(LANES):
+        if conditions[lane] < 0:
+            values[lane], conditions[lane] = new_values[lane], new_conditions[lane]
+
+
+cdef inline void begin_parts(LaneParts *parts) noexcept nogil:
+    cdef int lane
+    parts.scaled = False
+    for lane in range(LANES):
+        parts.ratio[lane] = 1
+        parts.shift[lane] = parts.peak[lane] = 0
+        parts.doubtful[lane] = 0
+
+
+cdef inline void begin_band(Band *band) noexcept nogil:
+    cdef int group
+    for group in range(band.rows.groups):
+        begin_parts(&band.parts[group])
+        band.wanted[group] = True
+
+
+cdef inline bint can_refine(const Row *row) noexcept nogil:
+    return row.family == Family.DISCRETE and row.normalize
+
+
+cdef inline bint all_good(const double *conditions) noexcept nogil:
+    return least(conditions) >= 0
+
+
+cdef void refine_band(Band *band, real *buffer, const real **x, npy_intp *step, double *values,
+                      double *conditions) noexcept nogil:
+    """Weights of badly conditioned rows again, with the ratios that their sums gave."""
+    cdef int group
+    cdef bint refine = False
+    for group in range(band.rows.groups):
+        band.wanted[group] = not all_good(conditions + group * LANES)
+        if band.wanted[group]:
+            choose_ratios(&band.parts[group], conditions + group * LANES)
+            refine = True
+    if refine:
+        sum_band(band, buffer, x, step)
+    for group in range(band.rows.groups):
+        if band.wanted[group]:
+            finish_again(&band.rows.first, &band.parts[group], values + group * LANES,
+                         conditions + group * LANES)
+
+
+cdef void band_values(Band *band, double *values, double *conditions, real of_type) noexcept nogil:
+    """The values of all rows; those with a negative condition the fast formulas do not vouch
+    for."""
+    cdef double buffer[MAX_OPERANDS * STRIP * BAND_BYTES / 8]
+    cdef const Row *row = &band.rows.first
+    cdef const real *x[MAX_OPERANDS]
+    cdef npy_intp step[MAX_OPERANDS]
+    begin_band(band)
+    if not sum_gapless(band, of_type):
+        sum_band(band, <real *> buffer, x, step)
+    finish_lanes(row, band.parts, band.rows.groups, values, conditions)
+    if can_refine(row):
+        refine_band(band, <real *> buffer, x, step, values, conditions)
