@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 LARGE = 32
 ELEMENTS = 512  # of a row, or of short rows, that single steps are taken through
+LANES = 16  # at most so many short rows are computed together
 MOVES = re.compile(
     r"v?(mov|lddqu|broadcast|insert|extract|unpck|perm|shuf|zero)|vp?broadcast|vperm"
 )
@@ -116,7 +117,8 @@ def stepped(work: Work) -> Work:
     if work.matrices:
         return replace(work, items=32 if work.size < 8 else 16)
     size = min(work.size, ELEMENTS)
-    return replace(work, size=size, items=min(work.items, max(1, ELEMENTS // (size * 16) * 16)))
+    items = LANES * -(-ELEMENTS // (LANES * size)) if size < 128 else 1
+    return replace(work, size=size, items=min(work.items, items))
 
 
 def needs_cycles(work: Work) -> bool:
