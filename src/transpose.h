@@ -66,7 +66,8 @@ static inline void block_f64(const double *x, ptrdiff_t outer, ptrdiff_t lanes, 
 #else
 
 #define KLFAST_BLOCK(name, real, columns, type)                                                  \
-    static inline void name##_##type(const real *x, ptrdiff_t outer, ptrdiff_t lanes, real *into) { \
+    static inline void name##_##type(                                                            \
+        const real *x, ptrdiff_t outer, ptrdiff_t lanes, real *into) {                           \
         for (ptrdiff_t i = 0; i < columns; i++)                                                  \
             for (ptrdiff_t row = 0; row < 4; row++)                                              \
                 into[i * lanes + row] = x[row * outer + i];                                      \
