@@ -137,7 +137,7 @@ cdef inline int run(const Batch *batch, npy_intp n, const npy_intp *lines, const
     """Compute n rows, or n lines of a grid, where the plan's row is a line; returns status bits.
     Signals are looked for where Python waits for it."""
     cdef double total = n * plan.row_ns
-    cdef int threads = threads_worth(total), status = 0
+    cdef int threads = threads_worth(total)
     cdef Watch watch
     cdef Tasks tasks
     watch.threads, watch.stop, watch.next_look = threads, False, INFINITY
@@ -152,11 +152,9 @@ cdef inline int run(const Batch *batch, npy_intp n, const npy_intp *lines, const
     cdef double task_ns = min(share, max(<double> TASK_NS, 50 * plan.setup_ns))
     tasks.length = <npy_intp> max(1.0, task_ns / plan.row_ns)
     tasks.length = (tasks.length + plan.group - 1) // plan.group * plan.group
-    cdef npy_intp count = (n + tasks.length - 1) // tasks.length, task
+    cdef npy_intp count = (n + tasks.length - 1) // tasks.length
     if serial:
-        for task in range(count):
-            status |= run_task(&tasks, task)
-        return status
+        return parallel_for(run_task, &tasks, count, 1)
     watch.threads = 1
     return parallel_for(run_task, &tasks, count, <int> min(<npy_intp> threads, count))
 
@@ -179,7 +177,7 @@ cdef inline int run_grid(Batch *line, npy_intp n, const npy_intp *lines, const K
 
 cdef inline void call(Batch *batch, npy_intp n_lines, const npy_intp *lines,
                       const Kernel *kernel) noexcept nogil:
-    """For NumPy: a batch of rows, or (lines not NULL) a grid, without the GIL unless it is small."""
+    """For NumPy: a batch of rows or (lines not NULL) a grid, without the GIL unless it is small."""
     cdef PyThreadState *released = NULL
     cdef Plan plan = kernel.plan(batch, kernel)
     cdef int status

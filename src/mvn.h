@@ -168,12 +168,6 @@ static inline double mvn_reciprocal(double y) {
     return inverse < DBL_MAX ? inverse : DBL_MAX;
 }
 
-MVN_INLINE mvn_vec mvn_finite(mvn_vec inverse) {
-    mvn_vec most = (mvn_vec){0} + DBL_MAX;
-    mvn_bits less = (mvn_bits)(inverse < most);
-    return (mvn_vec)(((mvn_bits)inverse & less) | ((mvn_bits)most & ~less));
-}
-
 /* The power of two, -200, 0 or 200, that brings a positive x away from both ends of the range. */
 static inline double mvn_inward(double x) {
     double up = x < 0x1p-900 ? 200.0 : 0.0, down = x > 0x1p900 ? 200.0 : 0.0;
@@ -568,14 +562,6 @@ MVN_INLINE void mvn_lanes_cholesky(mvn_vec *a, mvn_vec *reciprocal, ptrdiff_t st
     }
 }
 
-MVN_INLINE void mvn_lanes_reciprocals(
-    const mvn_vec *a, mvn_vec *reciprocal, ptrdiff_t stride, ptrdiff_t n) {
-    for (ptrdiff_t i = 0; i < n; i++) {
-        mvn_vec inverse = 1.0 / a[i * stride + i + 1];
-        reciprocal[i] = mvn_finite(inverse);
-    }
-}
-
 /* Rows i and i + 1 of [z | Y] = L_q^-1 ([mu_p | L_p] - [mu_q | L_q]) by forward substitution, four
  * columns at a time, from the same rows `p` and `q`. Adds their squares to `total`. */
 MVN_INLINE void mvn_lanes_whiten_rows(
@@ -605,18 +591,8 @@ MVN_INLINE void mvn_lanes_whiten_rows(
     }
 }
 
-/* All rows, and `squares` = |z|^2 + |Y|^2. */
-MVN_INLINE void mvn_lanes_whiten(
-    const mvn_vec *p, const mvn_vec *q, const mvn_vec *reciprocal, mvn_vec *y, mvn_vec *squares,
-    ptrdiff_t stride, ptrdiff_t n) {
-    mvn_vec total[4] = {{0}};
-    for (ptrdiff_t i = 0; i < n; i += 2) {
-        mvn_lanes_whiten_rows(p + i * stride, q + i * stride, reciprocal, y, total, stride, i);
-    }
-    *squares = (total[0] + total[1]) + (total[2] + total[3]);
-}
-
-/* The same for q = N(0, I), where [z | Y] = [mu_p | L_p - I]. */
+/* The diagonal of Y and `squares` = |z|^2 + |Y|^2 for q = N(0, I), where [z | Y] is
+ * [mu_p | L_p - I]. */
 MVN_INLINE void mvn_lanes_whiten_standard(
     const mvn_vec *p, mvn_vec *y, mvn_vec *squares, ptrdiff_t stride, ptrdiff_t n) {
     mvn_vec rest = {0}, diagonal = {0};
@@ -722,23 +698,6 @@ static inline void mvn_lanes_group_f64(
     const mvn_lanes *a, const mvn_side *p, const mvn_side *q, ptrdiff_t item,
     int load_p, int load_q, ptrdiff_t stride, ptrdiff_t n, double *kl) {
     mvn_lanes_group(a, p, q, item, load_p, load_q, stride, n, kl, 0);
-}
-
-/* The diagonal of L, [i][lane]. */
-MVN_INLINE void mvn_lanes_diagonal(
-    const mvn_vec *a, mvn_vec *diagonal, ptrdiff_t stride, ptrdiff_t n) {
-    for (ptrdiff_t i = 0; i < n; i++) diagonal[i] = a[i * stride + i + 1];
-}
-
-/* 1/2 squares + sum_i (t_i - log1p(t_i)) of every lane; x = L_p,ii, y = L_q,ii and t = Y_ii, all
- * [i][lane]. Overwrites t. */
-MVN_INLINE void mvn_lanes_divergence(
-    const double *x, const double *y, double *t, const double *squares, ptrdiff_t n, double *kl) {
-    mvn_minus_log1p_each(x, y, t, n * MVN_LANES);
-    for (int lane = 0; lane < MVN_LANES; lane++) kl[lane] = 0.5 * squares[lane];
-    for (ptrdiff_t i = 0; i < n; i++) {
-        for (int lane = 0; lane < MVN_LANES; lane++) kl[lane] += t[i * MVN_LANES + lane];
-    }
 }
 
 /* ---- panels ---------------------------------------------------------------------------------- */
@@ -857,6 +816,20 @@ static inline void mvn_panel_load_f32(
     double *x, char *const *at, ptrdiff_t step, ptrdiff_t count) { MVN_PANEL_LOAD(f32) }
 static inline void mvn_panel_load_f64(
     double *x, char *const *at, ptrdiff_t step, ptrdiff_t count) { MVN_PANEL_LOAD(f64) }
+
+/* `count` elements `step` bytes apart as numbers side by side. */
+#define MVN_LINE_READ(name, element, number) \
+    static inline void mvn_line_read_##name( \
+        number *restrict line, const char *start, ptrdiff_t step, ptrdiff_t count) { \
+        if (step == (ptrdiff_t)sizeof(element)) { \
+            for (ptrdiff_t j = 0; j < count; j++) line[j] = ((const element *)start)[j]; \
+        } else { \
+            for (ptrdiff_t j = 0; j < count; j++) line[j] = *(const element *)(start + j * step); \
+        } \
+    }
+MVN_LINE_READ(f32, float, double)
+MVN_LINE_READ(f64, double, double)
+MVN_LINE_READ(single, float, float)
 
 /* Columns first .. last - 1 of a panel back to rows, `stride` apart; multiples of COLUMNS. */
 static inline void mvn_panel_store(

@@ -24,7 +24,6 @@ have the formulas for numbers of ordinary size, one logarithm for four y_i; what
 computed in panels, too, which sort out bad input and extreme scales.
 """
 
-from cython.parallel cimport prange
 from libc.math cimport INFINITY, NAN, isfinite, isinf, isnan
 from libc.stdint cimport uintptr_t
 from libc.stdlib cimport free, malloc
@@ -32,8 +31,9 @@ from libc.string cimport memset
 from numpy cimport npy_intp
 
 from gufunc cimport (
-    INVALID, NO_MEMORY, Batch, Kernel, Plan, Watch, look_for_signals, omp_get_thread_num)
-from vecmath cimport real
+    INVALID, NO_MEMORY, Batch, Kernel, Plan, Step, Watch, look_for_signals,
+    omp_get_thread_num, parallel_for)
+from vecmath cimport real, wide
 
 cdef extern from "mvn.h" nogil:
     ctypedef double vec "mvn_vec"  # LANES doubles
@@ -73,22 +73,16 @@ cdef extern from "mvn.h" nogil:
         bint load_q, npy_intp stride, npy_intp n, double *kl)
     npy_intp lanes_stride "MVN_STRIDE"(npy_intp n)
     vec ones "mvn_ones"()
-    void lanes_cholesky "mvn_lanes_cholesky"(vec *a, vec *reciprocal, npy_intp stride, npy_intp n)
-    void lanes_reciprocals "mvn_lanes_reciprocals"(
-        const vec *a, vec *reciprocal, npy_intp stride, npy_intp n)
-    void lanes_whiten "mvn_lanes_whiten"(
-        const vec *p, const vec *q, const vec *reciprocal, vec *y, vec *squares,
-        npy_intp stride, npy_intp n)
-    void lanes_whiten_standard "mvn_lanes_whiten_standard"(
-        const vec *p, vec *y, vec *squares, npy_intp stride, npy_intp n)
-    void lanes_diagonal "mvn_lanes_diagonal"(
-        const vec *a, vec *diagonal, npy_intp stride, npy_intp n)
-    void lanes_divergence "mvn_lanes_divergence"(
-        const double *x, const double *y, double *t, const double *squares, npy_intp n, double *kl)
     void panel_load_f32 "mvn_panel_load_f32"(
         double *x, char *const *at, npy_intp step, npy_intp count)
     void panel_load_f64 "mvn_panel_load_f64"(
         double *x, char *const *at, npy_intp step, npy_intp count)
+    void line_read_f32 "mvn_line_read_f32"(
+        double *line, const char *start, npy_intp step, npy_intp count)
+    void line_read_f64 "mvn_line_read_f64"(
+        double *line, const char *start, npy_intp step, npy_intp count)
+    void line_read_single "mvn_line_read_single"(
+        float *line, const char *start, npy_intp step, npy_intp count)
     void panels_solve_f32 "mvn_panels_solve_f32"(
         float *x, npy_intp size, npy_intp panels, const float *factor, npy_intp stride,
         npy_intp n, const float *zeros, const float *reciprocal, npy_intp begin, npy_intp step,
@@ -126,21 +120,40 @@ cdef enum:
     MOST_LANES = 8
     MOST_GROUPS = 16  # of small matrices between two looks at what they gave
     MOST_ROWS = 32
-    BLOCK = 8        # least panels of a covariance that threads share before they are factorised
-    MOST_TOGETHER = 8    # panels that are solved together
-    SINGLE = 32      # rows from which on float32 pays, where it is exact enough
-    LARGE = 128      # rows from which on signals are looked for within a matrix
-    AHEAD = 160      # rows up to which the next item is asked for: the cache holds both
+    MOST_TOGETHER = 8  # panels that are solved together
+    BLOCK = 8          # least panels of a covariance that threads share before they are factorised
+    SINGLE = 32        # rows from which on float32 pays, where it is exact enough
+    LARGE = 128        # rows from which on signals are looked for within a matrix
+    AHEAD = 160        # rows up to which the next item is asked for: the cache holds both
 
-cdef inline Side side(const Batch *batch, int which, bint covariance) noexcept nogil:
+cdef enum:  # what a kernel's options say
+    COV_P = 0
+    COV_Q = 1
+    STANDARD_Q = 2
+
+
+cdef inline bint has_covariances(const Kernel *kernel) noexcept nogil:
+    return kernel.options[COV_P] or kernel.options[COV_Q]
+
+
+cdef inline Side side(const Batch *batch, const Kernel *kernel, int which) noexcept nogil:
     cdef Side s
     s.loc, s.matrix = batch.operands[2 * which], batch.operands[2 * which + 1]
     s.loc_outer, s.matrix_outer = batch.outer[2 * which], batch.outer[2 * which + 1]
     s.loc_inner = batch.inner[3 * which]
     s.row, s.column = batch.inner[3 * which + 1], batch.inner[3 * which + 2]
-    s.covariance = covariance
+    s.covariance = kernel.options[COV_Q if which else COV_P]
     s.shared = s.matrix_outer == 0
     return s
+
+
+cdef inline const Side *second_side(const Batch *batch, const Kernel *kernel,
+                                    Side *q) noexcept nogil:
+    """Q; NULL for N(0, I)."""
+    if kernel.options[STANDARD_Q]:
+        return NULL
+    q[0] = side(batch, kernel, 1)
+    return q
 
 
 cdef inline bint survey(const Side *s, npy_intp item, npy_intp n, bint *infinite,
@@ -180,12 +193,12 @@ cdef inline double *aligned(void *memory) noexcept nogil:
     return <double *> ((<uintptr_t> memory + 63) // 64 * 64)
 
 
-cdef inline bint lanes_improper(const double *x, const double *y, npy_intp lane,
-                                npy_intp n) noexcept nogil:
-    """Whether a diagonal element of either factor of an item is not positive."""
+cdef inline bint improper(const double *x, const double *y, npy_intp step,
+                          npy_intp n) noexcept nogil:
+    """Whether a diagonal element of either factor of an item is not positive; `step` apart."""
     cdef npy_intp i
     for i in range(n):
-        if not (x[i * LANES + lane] > 0 and y[i * LANES + lane] > 0):
+        if not (x[i * step] > 0 and y[i * step] > 0):
             return True
     return False
 
@@ -301,17 +314,14 @@ cdef inline int lanes_rows(const Batch *batch, npy_intp first, npy_intp last, co
 # ---- panels: one larger matrix at a time ------------------------------------------------------
 
 ctypedef struct Rows:
-    # A lower triangular factor in double, row after row; `stride` in elements.
-    const double *data
-    npy_intp stride
-
-ctypedef struct Rows32:
-    const float *data
+    # A lower triangular factor in double or float, row after row; `stride` in elements.
+    const void *data
     npy_intp stride
 
 ctypedef struct Panels:
     # Scratch of one thread, or of several that share a matrix. The arrays have `padded` elements.
     void *memory
+    Watch *watch             # over the threads that share it
     npy_intp n, padded       # rows, and rows up to a whole panel
     npy_intp size            # of a panel in double, and squares behind it
     npy_intp together        # panels that are solved together
@@ -341,20 +351,20 @@ cdef inline bint in_place(const Side *s, real type_tag) noexcept nogil:
 
 
 cdef inline bint panels_new(Panels *a, npy_intp n, bint copy_p, bint copy_q, bint covariances,
-                            int threads) noexcept nogil:
-    """Room for the panels that `threads` threads have at hand, and for factors to be copied."""
+                            Watch *watch) noexcept nogil:
+    """Room for the panels that the threads have at hand, and for factors to be copied."""
     cdef npy_intp padded = (n + ROWS - 1) // ROWS * ROWS, stride = padded + ROWS, i
     cdef npy_intp square = padded * stride, size = (padded + 2) * ROWS, panels
     a.together = max(<npy_intp> 2, min(<npy_intp> MOST_TOGETHER, n // 512 * 2))
     a.block = max(<npy_intp> BLOCK, padded // ROWS // 8)
-    panels = threads * a.together
+    panels = watch.threads * a.together
     if covariances:
         panels = max(panels, a.block)
     cdef npy_intp length = (copy_p + copy_q) * square + panels * size + 9 * padded + 2 * ROWS
     a.memory = malloc(length * sizeof(double) + 64)
     if a.memory == NULL:
         return False
-    a.n, a.padded, a.stride, a.size = n, padded, stride, size
+    a.watch, a.n, a.padded, a.stride, a.size = watch, n, padded, stride, size
     a.diagonal_p = aligned(a.memory)
     a.diagonal_q = a.diagonal_p + padded
     a.reciprocal = a.diagonal_q + padded
@@ -407,19 +417,30 @@ cdef inline npy_intp rows_of(real type_tag) noexcept nogil:
     return ROWS if real is double else 2 * ROWS
 
 
+cdef inline bint is_stopped(const Panels *a) noexcept nogil:
+    """Looks for signals within a large matrix."""
+    if a.n >= LARGE:
+        look_for_signals(a.watch)
+    return a.watch.stop
+
+
+cdef inline npy_intp own_place(const Panels *a) noexcept nogil:
+    """This thread's number among those that share the panels."""
+    return omp_get_thread_num() if a.watch.threads > 1 else 0
+
+
 cdef inline void solve(const Panels *a, real *x, npy_intp panels, const real *factor,
                        npy_intp stride, npy_intp n, const real *reciprocal, npy_intp begin,
-                       npy_intp step, npy_intp first, npy_intp last, double *squares,
-                       Watch *watch) noexcept nogil:
+                       npy_intp step, npy_intp first, npy_intp last,
+                       double *squares) noexcept nogil:
     """X <- X L^-T in the columns first .. last - 1 of some panels; panel g is 0 left of
-    begin + g step. Adds to `squares` the squares of the first panel's rows, then of the others'."""
+    begin + g step. Adds to `squares` (NULL: they are not wanted) the squares of the first panel's
+    rows, then of the others'."""
     cdef npy_intp rows = rows_of(<real> 0), size = rows * (a.padded + 2), block, r
     cdef real *sums = x + rows * a.padded
     for block from max(begin, 0) // DEPTH * DEPTH <= block < last by DEPTH:
-        if a.n >= LARGE:
-            look_for_signals(watch)
-            if watch.stop:
-                return
+        if is_stopped(a):
+            return
         for r in range(2 * rows):
             sums[r] = 0
         if real is float:
@@ -428,83 +449,99 @@ cdef inline void solve(const Panels *a, real *x, npy_intp panels, const real *fa
         else:
             panels_solve_f64(x, size, panels, factor, stride, n, a.zeros, reciprocal, begin, step,
                              block, first, last, sums)
-        for r in range(2 * rows):
-            squares[r] += sums[r]
+        if squares != NULL:
+            for r in range(2 * rows):
+                squares[r] += sums[r]
 
 
-cdef inline void cholesky_begin(const Panels *a, const Side *s, npy_intp item, double *factor,
-                                npy_intp done, npy_intp index, npy_intp panels, Watch *watch,
-                                real type_tag) noexcept nogil:
-    """Some panels of the block that starts at row `done`, without what is above the block."""
-    cdef double squares[2 * MOST_ROWS]
-    cdef npy_intp i
-    if watch.stop:
-        return
-    for i in range(index, index + panels):
-        cholesky_load(a, s, item, a.x + i * a.size, done + i * ROWS, type_tag)
-    solve(a, a.x + index * a.size, panels, factor, a.stride, done, a.reciprocal, 0, 0, 0, done,
-          squares, watch)
+ctypedef struct Block:
+    # Rows of a covariance, in panels, that are factorised when those above them are.
+    const Panels *a
+    const Side *s
+    npy_intp item
+    double *factor
+    npy_intp done, panels    # rows above, and panels
+    npy_intp share           # panels that are solved together
+
+
+cdef inline int cholesky_begin(const Block *b, npy_intp index, real type_tag) noexcept nogil:
+    """One share of the panels up to the block's first column."""
+    cdef const Panels *a = b.a
+    cdef npy_intp first = index * b.share, last = min(first + b.share, b.panels), i
+    if a.watch.stop:
+        return 0
+    for i in range(first, last):
+        cholesky_load(a, b.s, b.item, a.x + i * a.size, b.done + i * ROWS, type_tag)
+    solve(a, a.x + first * a.size, last - first, b.factor, a.stride, b.done, a.reciprocal, 0, 0, 0,
+          b.done, <double *> NULL)
+    return 0
+
+
+cdef inline int cholesky_begin_f32(void *block, npy_intp index) noexcept nogil:
+    return cholesky_begin(<const Block *> block, index, <float> 0)
+
+
+cdef inline int cholesky_begin_f64(void *block, npy_intp index) noexcept nogil:
+    return cholesky_begin(<const Block *> block, index, <double> 0)
 
 
 cdef inline void cholesky(const Panels *a, const Side *s, npy_intp item, double *factor,
-                          Watch *watch, real type_tag) noexcept nogil:
+                          real type_tag) noexcept nogil:
     """The factor of a covariance. Threads share the panels of a block up to its first column;
     the block's own triangle is one thread's. Whatever the threads, every sum runs in one order."""
-    cdef npy_intp done, index, count, share, i
+    cdef npy_intp done, index, i
+    cdef int threads
     cdef double *x
-    cdef double squares[2 * MOST_ROWS]
+    cdef Block b
+    b.a, b.s, b.item, b.factor = a, s, item, factor
     for done from 0 <= done < a.padded by a.block * ROWS:
-        count = min(a.block, (a.padded - done) // ROWS)
-        if watch.threads > 1 and done > 0:
-            share = max(<npy_intp> 1, min(a.together, count // watch.threads))
-            for index in prange((count + share - 1) // share, num_threads=watch.threads,
-                                schedule="dynamic"):
-                cholesky_begin(a, s, item, factor, done, index * share,
-                               min(share, count - index * share), watch, type_tag)
-        else:
-            for index from 0 <= index < count by MOST_TOGETHER:
-                cholesky_begin(a, s, item, factor, done, index,
-                               min(<npy_intp> MOST_TOGETHER, count - index), watch, type_tag)
-        for index in range(count):
+        threads = a.watch.threads if done > 0 else 1
+        b.done, b.panels = done, min(a.block, (a.padded - done) // ROWS)
+        b.share = MOST_TOGETHER
+        if threads > 1:
+            b.share = max(<npy_intp> 1, min(a.together, b.panels // threads))
+        parallel_for(cholesky_begin_f32 if real is float else cholesky_begin_f64, &b,
+                     (b.panels + b.share - 1) // b.share, threads)
+        for index in range(b.panels):
             i = done + index * ROWS
             x = a.x + index * a.size
-            solve(a, x, 1, factor, a.stride, i, a.reciprocal, 0, 0, done, i, squares, watch)
-            if watch.stop:
+            solve(a, x, 1, factor, a.stride, i, a.reciprocal, 0, 0, done, i, <double *> NULL)
+            if a.watch.stop:
                 return
             panel_factor(x, a.reciprocal, i)
             panel_store(x, factor + i * a.stride, a.stride, 0, i + ROWS)
 
 
-cdef inline void copy_factor(const Panels *a, const Side *s, npy_intp item, double *factor,
-                             real type_tag) noexcept nogil:
+cdef inline void copy_factor(const Side *s, npy_intp item, npy_intp n, wide *factor,
+                             npy_intp stride, real type_tag) noexcept nogil:
     cdef char *row
-    cdef npy_intp i, j
-    for i in range(a.n):
+    cdef npy_intp i
+    for i in range(n):
         row = s.matrix + item * s.matrix_outer + i * s.row
-        if s.column == sizeof(real):
-            for j in range(i + 1):
-                factor[i * a.stride + j] = (<real *> row)[j]
+        if wide is float:
+            line_read_single(factor + i * stride, row, s.column, i + 1)
+        elif real is float:
+            line_read_f32(factor + i * stride, row, s.column, i + 1)
         else:
-            for j in range(i + 1):
-                factor[i * a.stride + j] = (<real *> (row + j * s.column))[0]
+            line_read_f64(factor + i * stride, row, s.column, i + 1)
 
 
-cdef inline Rows factor_of(const Panels *a, const Side *s, npy_intp item, double *factor,
-                           double *diagonal, bint fresh, Watch *watch,
-                           real type_tag) noexcept nogil:
-    """One side's factor and its diagonal; not `fresh`: those of the item before."""
+cdef inline Rows factor_of(const Panels *a, const Side *s, npy_intp item, wide *factor,
+                           double *diagonal, bint fresh, real type_tag) noexcept nogil:
+    """One side's factor, where it lies or computed or copied, and if that is in double, its
+    diagonal; not `fresh`: those of the item before."""
     cdef Rows rows
-    if real is double and in_place(s, type_tag):
-        rows.data = <const double *> (s.matrix + item * s.matrix_outer)
-        rows.stride = s.row // <npy_intp> sizeof(double)
+    if sizeof(wide) == sizeof(real) and in_place(s, type_tag):
+        rows.data = s.matrix + item * s.matrix_outer
+        rows.stride = s.row // <npy_intp> sizeof(real)
     else:
         rows.data, rows.stride = factor, a.stride
-        if fresh and s.covariance:
-            cholesky(a, s, item, factor, watch, type_tag)
+        if wide is double and fresh and s.covariance:
+            cholesky(a, s, item, <double *> factor, type_tag)
         elif fresh:
-            copy_factor(a, s, item, factor, type_tag)
-    if fresh and not watch.stop:
-        take_diagonal(rows.data, rows.stride, a.n, diagonal)
+            copy_factor(s, item, a.n, factor, a.stride, type_tag)
+    if wide is double and fresh:
+        take_diagonal(<const double *> rows.data, rows.stride, a.n, diagonal)
     return rows
 
 
@@ -533,39 +570,6 @@ cdef inline void prefetch_rows(const Side *s, npy_intp item, npy_intp first, npy
         prefetch(s.matrix + item * s.matrix_outer, s.row, sizeof(real), first, last)
 
 
-cdef inline double whiten_some(const Panels *a, const real *p, npy_intp stride_p, const real *q,
-                               npy_intp stride_q, npy_intp index, npy_intp slot,
-                               Watch *watch) noexcept nogil:
-    """The squares of some panels of [z | Y]^T from number `index` on, computed in place `slot`."""
-    cdef npy_intp rows = rows_of(<real> 0), n = a.n, extra = 1 if real is double else 2, r
-    cdef npy_intp panels = min(a.together, (n + extra - 1) // rows + 1 - index)
-    cdef npy_intp padded = (n + COLUMNS - 1) // COLUMNS * COLUMNS, begin = index * rows - COLUMNS
-    cdef npy_intp first = max(begin, <npy_intp> 0), size = rows * (a.padded + 2)
-    cdef real *x = <real *> (a.x + slot * a.together * a.size)
-    cdef double squares[2 * MOST_ROWS]
-    cdef double total = 0.0
-    if watch.stop:
-        return 0.0
-    for r in range(2 * rows):
-        squares[r] = 0.0
-    if real is float:
-        panels_differences_f32(x, p, stride_p, q, stride_q, a.shift_single, a.probe, index, panels,
-                               n, padded, size)
-        solve(a, x, panels, q, stride_q, n, a.reciprocal_single, begin, rows, first, padded,
-              squares, watch)
-        if index == 0:
-            a.missed[0] = probe_error(x, a.signs, n)
-            squares[rows - 2] = 0.0
-    else:
-        panels_differences_f64(x, p, stride_p, q, stride_q, a.shift, NULL, index, panels, n, padded,
-                               size)
-        solve(a, x, panels, q, stride_q, n, a.reciprocal, begin, rows, first, padded, squares,
-              watch)
-    for r in range(2 * rows):
-        total += squares[r]
-    return total
-
-
 # By how much the mean square root a float32 solve may miss its probe, in units of 2^-24.
 cdef enum:
     PROBE_ULPS = 16
@@ -576,72 +580,97 @@ cdef inline bint found(const Panels *a) noexcept nogil:
     return a.missed[0] <= (PROBE_ULPS * 2.0 ** -24) ** 2
 
 
-cdef inline double whiten(const Panels *a, const real *p, npy_intp stride_p, const real *q,
-                          npy_intp stride_q, const Side *side_p, const Side *side_q,
-                          npy_intp following, Watch *watch) noexcept nogil:
-    """|z|^2 + |Y|^2 where [z | Y] = L_q^-1 ([mu_p | L_p] - [mu_q | L_q]). Threads share the panels.
-    The matrices of the item `following` (negative: none) are asked for along the way."""
-    cdef npy_intp extra = 1 if real is double else 2, step = a.together * rows_of(<real> 0)
-    cdef npy_intp groups = (a.n + extra - 1) // step + 1, index, last
-    cdef double squares = 0.0
-    if watch.threads > 1:
-        for index in prange(groups, num_threads=watch.threads, schedule="dynamic"):
-            a.squares[index] = whiten_some(a, p, stride_p, q, stride_q, index * a.together,
-                                           omp_get_thread_num(), watch)
+ctypedef struct Whitening:
+    # Of one item, in the type of its factors. The matrices of the item `following` (negative:
+    # none) are asked for along the way.
+    const Panels *a
+    Rows factor_p, factor_q
+    const Side *p
+    const Side *q
+    npy_intp following
+
+
+cdef inline double whiten_some(const Whitening *w, npy_intp group, real type_tag) noexcept nogil:
+    """The squares of some panels of [z | Y]^T; a float32 solve that missed its probe gives up."""
+    cdef const Panels *a = w.a
+    cdef const real *p = <const real *> w.factor_p.data
+    cdef const real *q = <const real *> w.factor_q.data
+    cdef npy_intp stride_p = w.factor_p.stride, stride_q = w.factor_q.stride
+    cdef npy_intp rows = rows_of(<real> 0), n = a.n, extra = 1 if real is double else 2, r
+    cdef npy_intp index = group * a.together, last = min((index + a.together) * rows, n)
+    cdef npy_intp panels = min(a.together, (n + extra - 1) // rows + 1 - index)
+    cdef npy_intp padded = (n + COLUMNS - 1) // COLUMNS * COLUMNS, begin = index * rows - COLUMNS
+    cdef npy_intp first = max(begin, <npy_intp> 0), size = rows * (a.padded + 2)
+    cdef real *x = <real *> (a.x + own_place(a) * a.together * a.size)
+    cdef double squares[2 * MOST_ROWS]
+    cdef double total = 0.0
+    if a.watch.stop or (real is float and not found(a)):
+        return 0.0
+    for r in range(2 * rows):
+        squares[r] = 0.0
+    if real is float:
+        panels_differences_f32(x, p, stride_p, q, stride_q, a.shift_single, a.probe, index, panels,
+                               n, padded, size)
+        solve(a, x, panels, q, stride_q, n, a.reciprocal_single, begin, rows, first, padded,
+              squares)
+        if index == 0:
+            a.missed[0] = probe_error(x, a.signs, n)
+            squares[rows - 2] = 0.0
     else:
-        for index in range(groups):
-            a.squares[index] = whiten_some(a, p, stride_p, q, stride_q, index * a.together, 0,
-                                           watch)
-            if following >= 0:
-                last = min((index + 1) * step, a.n)
-                prefetch_rows(side_p, following, index * step, last, <real> 0)
-                prefetch_rows(side_q, following, index * step, last, <real> 0)
-            if real is float and not found(a):
-                return NAN
-    for index in range(groups):
-        squares += a.squares[index]
+        panels_differences_f64(x, p, stride_p, q, stride_q, a.shift, NULL, index, panels, n, padded,
+                               size)
+        solve(a, x, panels, q, stride_q, n, a.reciprocal, begin, rows, first, padded, squares)
+    if w.following >= 0:
+        prefetch_rows(w.p, w.following, index * rows, last, type_tag)
+        prefetch_rows(w.q, w.following, index * rows, last, type_tag)
+    for r in range(2 * rows):
+        total += squares[r]
+    return total
+
+
+cdef inline int whiten_some_f32(void *whitening, npy_intp group) noexcept nogil:
+    cdef const Whitening *w = <const Whitening *> whitening
+    w.a.squares[group] = whiten_some(w, group, <float> 0)
+    return 0
+
+
+cdef inline int whiten_some_f64(void *whitening, npy_intp group) noexcept nogil:
+    cdef const Whitening *w = <const Whitening *> whitening
+    w.a.squares[group] = whiten_some(w, group, <double> 0)
+    return 0
+
+
+cdef inline double sum_squares(const Panels *a, Step step, void *context,
+                               npy_intp groups) noexcept nogil:
+    """Those of all groups of panels, which threads share, in one order; a step finds one's."""
+    cdef double squares = 0.0
+    cdef npy_intp group
+    parallel_for(step, context, groups, a.watch.threads)
+    for group in range(groups):
+        squares += a.squares[group]
     return squares
 
 
-cdef inline Rows32 single_factor(const Panels *a, const Side *s, npy_intp item,
-                                 float *factor) noexcept nogil:
-    """A factor in float32: where it lies, or a copy."""
-    cdef Rows32 rows
-    cdef npy_intp i, j
-    cdef char *row
-    if in_place(s, <float> 0):
-        rows.data = <const float *> (s.matrix + item * s.matrix_outer)
-        rows.stride = s.row // <npy_intp> sizeof(float)
-        return rows
-    rows.data, rows.stride = factor, a.stride
-    for i in range(a.n):
-        row = s.matrix + item * s.matrix_outer + i * s.row
-        for j in range(i + 1):
-            factor[i * a.stride + j] = (<float *> (row + j * s.column))[0]
-    return rows
+cdef inline double whiten(Whitening *w, real type_tag) noexcept nogil:
+    """|z|^2 + |Y|^2 where [z | Y] = L_q^-1 ([mu_p | L_p] - [mu_q | L_q])."""
+    cdef npy_intp extra = 1 if real is double else 2, step = w.a.together * rows_of(type_tag)
+    w.a.missed[0] = 0.0
+    return sum_squares(w.a, whiten_some_f32 if real is float else whiten_some_f64, w,
+                       (w.a.n + extra - 1) // step + 1)
 
 
-cdef inline bint whiten_single(const Panels *a, const Side *p, const Side *q, npy_intp item,
-                               npy_intp following, Watch *watch, double *squares) noexcept nogil:
+cdef inline bint whiten_single(Whitening *w, npy_intp item, double *squares) noexcept nogil:
     """`whiten` of float32 factors in float32; whether the result can be trusted."""
-    cdef Rows32 rows_p = single_factor(a, p, item, <float *> a.factor_p)
-    cdef Rows32 rows_q = single_factor(a, q, item, <float *> a.factor_q)
+    cdef const Panels *a = w.a
     cdef npy_intp i
+    w.factor_p = factor_of(a, w.p, item, <float *> a.factor_p, NULL, True, <float> 0)
+    w.factor_q = factor_of(a, w.q, item, <float *> a.factor_q, NULL, True, <float> 0)
     for i in range(a.n):
         a.shift_single[i] = <float> a.shift[i]
         a.reciprocal_single[i] = <float> a.reciprocal[i]
-    make_probe(rows_q.data, rows_q.stride, a.n, a.signs, a.probe)
-    squares[0] = whiten(a, rows_p.data, rows_p.stride, rows_q.data, rows_q.stride, p, q, following,
-                        watch)
+    make_probe(<const float *> w.factor_q.data, w.factor_q.stride, a.n, a.signs, a.probe)
+    squares[0] = whiten(w, <float> 0)
     return found(a) and 1e-30 < squares[0] < 1e30
-
-
-cdef inline bint panels_improper(const double *x, const double *y, npy_intp n) noexcept nogil:
-    cdef npy_intp i
-    for i in range(n):
-        if not (x[i] > 0 and y[i] > 0):
-            return True
-    return False
 
 
 cdef inline int panels_rows(const Batch *batch, npy_intp first, npy_intp last, const Side *p,
@@ -652,95 +681,93 @@ cdef inline int panels_rows(const Batch *batch, npy_intp first, npy_intp last, c
     cdef bint copy_p = real is float or not in_place(p, type_tag)
     cdef bint copy_q = q != NULL and (real is float or not in_place(q, type_tag))
     cdef Panels a
-    cdef Rows rows_p, rows_q
+    cdef Whitening w
     cdef double squares, kl
     cdef char *out = batch.operands[2 if q == NULL else 4]
-    cdef npy_intp out_outer = batch.outer[2 if q == NULL else 4], item, following, i
+    cdef npy_intp out_outer = batch.outer[2 if q == NULL else 4], item, i
     cdef bint fresh, trusted
     cdef int status = 0
-    if not panels_new(&a, n, copy_p, copy_q, covariances, watch.threads):
+    if not panels_new(&a, n, copy_p, copy_q, covariances, watch):
         return NO_MEMORY
+    w.a, w.p, w.q = &a, p, q
     for item in range(first, last):
-        following = item + 1 if item + 1 < last and n <= AHEAD else -1
+        w.following = item + 1 if item + 1 < last and n <= AHEAD else -1
         load_shift(a.shift, p, q, item, n, type_tag)
         trusted = False
         if single:
             load_diagonal(a.diagonal_p, p, item, n, type_tag)
             load_diagonal(a.diagonal_q, q, item, n, type_tag)
             reciprocals(a.diagonal_q, a.reciprocal, n)
-            trusted = whiten_single(&a, p, q, item, following, watch, &squares)
+            trusted = whiten_single(&w, item, &squares)
         if not trusted:
             fresh = single or item == first or not p.shared
-            rows_p = factor_of(&a, p, item, a.factor_p, a.diagonal_p, fresh, watch, type_tag)
+            w.factor_p = factor_of(&a, p, item, a.factor_p, a.diagonal_p, fresh, type_tag)
             if q != NULL:
                 fresh = single or item == first or not q.shared
-                rows_q = factor_of(&a, q, item, a.factor_q, a.diagonal_q, fresh, watch, type_tag)
+                w.factor_q = factor_of(&a, q, item, a.factor_q, a.diagonal_q, fresh, type_tag)
             reciprocals(a.diagonal_q, a.reciprocal, n)
             if q == NULL:
-                squares = whiten_standard(rows_p.data, rows_p.stride, a.shift, n)
+                squares = whiten_standard(
+                    <const double *> w.factor_p.data, w.factor_p.stride, a.shift, n)
             else:
-                squares = whiten(&a, rows_p.data, rows_p.stride, rows_q.data, rows_q.stride, p, q,
-                                 following if real is double else -1, watch)
+                squares = whiten(&w, <double> 0)
         if watch.stop:
             break
         for i in range(n):
             a.t[i] = (a.diagonal_p[i] - a.diagonal_q[i]) * a.reciprocal[i]
         kl = divergence(a.diagonal_p, a.diagonal_q, a.t, squares, n)
         if not isfinite(kl):
-            status |= settle(&kl, panels_improper(a.diagonal_p, a.diagonal_q, n), p, q, item, n,
+            status |= settle(&kl, improper(a.diagonal_p, a.diagonal_q, 1, n), p, q, item, n,
                              type_tag)
         (<real *> (out + item * out_outer))[0] = <real> kl
     free(a.memory)
     return status
 
 
-cdef inline int mvn_rows(const Batch *batch, npy_intp first, npy_intp last, bint cov_p, bint cov_q,
-                         bint standard_q, Watch *watch, real type_tag) noexcept nogil:
+cdef inline int mvn_rows(const Batch *batch, npy_intp first, npy_intp last, const Kernel *kernel,
+                         Watch *watch, real type_tag) noexcept nogil:
     """KL of the items first .. last - 1; `type_tag` only chooses the type. Returns status bits."""
-    cdef npy_intp n = batch.core[0]
-    cdef Side p = side(batch, 0, cov_p), q
-    cdef const Side *other = NULL
-    if not standard_q:
-        q = side(batch, 1, cov_q)
-        other = &q
-    cdef char *out = batch.operands[2 if standard_q else 4]
-    cdef npy_intp outer = batch.outer[2 if standard_q else 4], count = 1
+    cdef npy_intp n = batch.core[0], output = 2 if kernel.options[STANDARD_Q] else 4, count = 1
+    cdef Side p = side(batch, kernel, 0), other
+    cdef const Side *q = second_side(batch, kernel, &other)
+    cdef char *out = batch.operands[output]
     cdef int status = ALONE
     if 0 < n <= SMALL:
-        status = small_rows(batch, first, last, &p, other, n, type_tag)
+        status = small_rows(batch, first, last, &p, q, n, type_tag)
     elif n <= LANES_LIMIT:
-        status = lanes_rows(batch, first, last, &p, other, n, type_tag)
+        status = lanes_rows(batch, first, last, &p, q, n, type_tag)
     else:
         count = last - first
     while status & ALONE and first < last:
-        if n > LANES_LIMIT or not isfinite((<real *> (out + first * outer))[0]):
-            status |= panels_rows(
-                batch, first, first + count, &p, other, n, watch, type_tag)
+        if n > LANES_LIMIT or not isfinite((<real *> (out + first * batch.outer[output]))[0]):
+            status |= panels_rows(batch, first, first + count, &p, q, n, watch, type_tag)
         first += count
     return status & ~ALONE
 
 
 # The kernel that the gufuncs carry.
 
-cdef inline Plan plan_mvn(const Batch *batch, const Kernel *kernel) noexcept nogil:
+cdef inline Plan plan_of(const Batch *batch, const Kernel *kernel, double row_ns,
+                         double setup) noexcept nogil:
+    """`setup`: what share of a row's time a matrix of Q that all rows have in common takes."""
     cdef Plan plan
-    cdef double n = batch.core[0]
-    cdef bint covariances = kernel.options[0] or kernel.options[1]
-    cdef bint shared = not kernel.options[2] and batch.outer[3] == 0
-    plan.row_ns = 5 + n * (3 + n * (0.9 + (0.03 if covariances else 0.008) * n))
-    plan.setup_ns = 0.4 * plan.row_ns if shared else 0.0
-    plan.group = LANES if n <= LANES_LIMIT else 1
-    plan.splits_rows = True
+    cdef bint shared = not kernel.options[STANDARD_Q] and batch.outer[3] == 0
+    plan.row_ns, plan.setup_ns = row_ns, setup * row_ns if shared else 0.0
+    plan.splits_rows = batch.core[0] > LANES_LIMIT
+    plan.group = 1 if plan.splits_rows else LANES
     return plan
+
+
+cdef inline Plan plan_mvn(const Batch *batch, const Kernel *kernel) noexcept nogil:
+    cdef double n = batch.core[0], cube = 0.03 if has_covariances(kernel) else 0.008
+    return plan_of(batch, kernel, 5 + n * (3 + n * (0.9 + cube * n)), 0.4)
 
 
 cdef inline int mvn_rows_f32(const Batch *batch, npy_intp first, npy_intp last,
                              const Kernel *kernel, Watch *watch) noexcept nogil:
-    return mvn_rows(batch, first, last, kernel.options[0], kernel.options[1], kernel.options[2],
-                    watch, <float> 0)
+    return mvn_rows(batch, first, last, kernel, watch, <float> 0)
 
 
 cdef inline int mvn_rows_f64(const Batch *batch, npy_intp first, npy_intp last,
                              const Kernel *kernel, Watch *watch) noexcept nogil:
-    return mvn_rows(batch, first, last, kernel.options[0], kernel.options[1], kernel.options[2],
-                    watch, <double> 0)
+    return mvn_rows(batch, first, last, kernel, watch, <double> 0)

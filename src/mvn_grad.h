@@ -108,6 +108,44 @@ MVN_LANES_WRITE(f64, double)
 
 /* ---- lanes ---------------------------------------------------------------------------------- */
 
+/* Those of the diagonal of L, kept finite: see mvn_reciprocal. */
+MVN_INLINE void mvn_lanes_reciprocals(
+    const mvn_vec *a, mvn_vec *reciprocal, ptrdiff_t stride, ptrdiff_t n) {
+    mvn_vec most = (mvn_vec){0} + DBL_MAX;
+    for (ptrdiff_t i = 0; i < n; i++) {
+        mvn_vec inverse = 1.0 / a[i * stride + i + 1];
+        reciprocal[i] = mvn_pick((mvn_bits)(inverse < most), inverse, most);
+    }
+}
+
+/* [z | Y] and `squares` = |z|^2 + |Y|^2. */
+MVN_INLINE void mvn_lanes_whiten(
+    const mvn_vec *p, const mvn_vec *q, const mvn_vec *reciprocal, mvn_vec *y, mvn_vec *squares,
+    ptrdiff_t stride, ptrdiff_t n) {
+    mvn_vec total[4] = {{0}};
+    for (ptrdiff_t i = 0; i < n; i += 2) {
+        mvn_lanes_whiten_rows(p + i * stride, q + i * stride, reciprocal, y, total, stride, i);
+    }
+    *squares = (total[0] + total[1]) + (total[2] + total[3]);
+}
+
+/* The diagonal of L, [i][lane]. */
+MVN_INLINE void mvn_lanes_diagonal(
+    const mvn_vec *a, mvn_vec *diagonal, ptrdiff_t stride, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; i++) diagonal[i] = a[i * stride + i + 1];
+}
+
+/* 1/2 squares + sum_i (t_i - log1p(t_i)) of every lane; x = L_p,ii, y = L_q,ii and t = Y_ii, all
+ * [i][lane]. Overwrites t. */
+MVN_INLINE void mvn_lanes_divergence(
+    const double *x, const double *y, double *t, const double *squares, ptrdiff_t n, double *kl) {
+    mvn_minus_log1p_each(x, y, t, n * MVN_LANES);
+    for (int lane = 0; lane < MVN_LANES; lane++) kl[lane] = 0.5 * squares[lane];
+    for (ptrdiff_t i = 0; i < n; i++) {
+        for (int lane = 0; lane < MVN_LANES; lane++) kl[lane] += t[i * MVN_LANES + lane];
+    }
+}
+
 /* X <- L^-T B by back substitution, two rows and four columns at a time; of row i the columns up to
  * i + reach, fewer than `columns`. */
 MVN_INLINE void mvn_lanes_back(
@@ -218,7 +256,7 @@ MVN_INLINE void mvn_lanes_congruence(
     }
 }
 
-/* scale tril(A) + diag(d), zeros above. */
+/* scale (tril(A) + diag(d)), zeros above. */
 MVN_INLINE void mvn_lanes_triangle(
     const mvn_vec *a, const mvn_vec *d, mvn_vec scale, mvn_vec *into, ptrdiff_t stride,
     ptrdiff_t n) {
@@ -335,8 +373,8 @@ static inline void mvn_rows_times(
     }
 }
 
-/* Rows i .. i + COLUMNS - 1 of M A up to the diagonal's tile, A in panels and lower triangular, M in
- * rows and upper triangular. */
+/* Rows i .. i + COLUMNS - 1 of M A up to the diagonal's tile, A in panels and lower triangular, M
+ * in rows and upper triangular. */
 static inline void mvn_rows_gram(
     const double *a, ptrdiff_t size, const double *m, ptrdiff_t stride, ptrdiff_t i, ptrdiff_t n,
     double *into, ptrdiff_t stride_into) {
@@ -410,17 +448,8 @@ static inline void mvn_panel_rows(
     }
 }
 
-/* `count` elements `step` bytes apart to or from numbers side by side. */
-#define MVN_LINES(name, real) \
-    static inline void mvn_line_read_##name( \
-        double *restrict line, const char *from, ptrdiff_t step, ptrdiff_t count) { \
-        if (step == (ptrdiff_t)sizeof(real)) { \
-            for (ptrdiff_t j = 0; j < count; j++) line[j] = ((const real *)from)[j]; \
-        } else { \
-            for (ptrdiff_t j = 0; j < count; j++) line[j] = *(const real *)(from + j * step); \
-        } \
-    } \
-    /* scale times the numbers, then zeros up to element n - 1 */ \
+/* scale times `count` numbers to elements `step` bytes apart, then zeros up to element n - 1. */
+#define MVN_LINE_WRITE(name, real) \
     static inline void mvn_line_write_##name( \
         const double *restrict line, char *restrict to, ptrdiff_t step, double scale, \
         ptrdiff_t count, ptrdiff_t n) { \
@@ -428,11 +457,13 @@ static inline void mvn_panel_rows(
             for (ptrdiff_t j = 0; j < count; j++) ((real *)to)[j] = (real)(scale * line[j]); \
             for (ptrdiff_t j = count; j < n; j++) ((real *)to)[j] = 0; \
         } else { \
-            for (ptrdiff_t j = 0; j < count; j++) *(real *)(to + j * step) = (real)(scale * line[j]); \
-            for (ptrdiff_t j = count; j < n; j++) *(real *)(to + j * step) = 0; \
+            for (ptrdiff_t j = 0; j < count; j++, to += step) { \
+                *(real *)to = (real)(scale * line[j]); \
+            } \
+            for (ptrdiff_t j = count; j < n; j++, to += step) *(real *)to = 0; \
         } \
     }
-MVN_LINES(f32, float)
-MVN_LINES(f64, double)
+MVN_LINE_WRITE(f32, float)
+MVN_LINE_WRITE(f64, double)
 
 #endif

@@ -12,7 +12,7 @@ from libc.math cimport fabs
 from numpy cimport npy_intp
 from vecmath cimport (
     INFINITY, LN2, atanh_tail, from_bfloat16, from_float16, larger, match_exponent, ratio_exponent,
-    real, smaller,
+    real, smaller, wide,
 )
 
 cdef extern from "lanes.h":
@@ -177,11 +177,6 @@ cdef inline int run_length(int n, int sums, real of_type) noexcept nogil:
     one way: 32 in one sum in float, 1.2e-6."""
     cdef int length = sums * RUN if real is float else LONG_RUN
     return n if n <= length + length / 2 else length
-
-
-ctypedef fused wide:
-    float
-    double
 
 
 cdef inline void fold(const real *run, wide *lanes) noexcept nogil:

@@ -54,7 +54,7 @@ static void in_child(void) {
 static inline void guard_forks(void) { pthread_atfork(0, 0, in_child); }
 #endif
 
-/* The thread count that code asked for: this thread's own (0: none) before all others' (0: none). */
+/* The thread count that code asked for: this thread's own before all others'; 0: none. */
 #if defined(_MSC_VER)
 static __declspec(thread) int threads_here = 0;
 #else
@@ -74,12 +74,18 @@ static inline int thread_limit(void) {
 }
 
 /* step(context, i) for i < n by up to `threads` threads in turn; gives the steps' bits together.
- * Cython's prange would be the same, but takes the GIL before it and after it, where it is not
- * known to be held, even in threads that Python knows nothing of. */
+ * One thread makes no team: among the threads of another loop it keeps its number. Cython's prange
+ * would be the same, but takes the GIL before it and after it, where it is not known to be held,
+ * even in threads that Python knows nothing of. */
 typedef int (*Step)(void *context, Py_ssize_t i);
 static int parallel_for(Step step, void *context, Py_ssize_t n, int threads) {
     int bits = 0;
     Py_ssize_t i;
+    if (threads == 1) {
+        for (i = 0; i < n; i++)
+            bits |= step(context, i);
+        return bits;
+    }
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(| : bits)
 #endif
@@ -119,7 +125,8 @@ static inline void raise_memory_error(void) {
 /* Floating-point status flags belong to the calling thread; NumPy reads them after the loop. */
 static inline void report_status(int invalid) {
 #if defined(__x86_64__)
-    _mm_setcsr(_mm_getcsr() & ~_MM_EXCEPT_MASK); /* feclearexcept also saves and loads the x87 state */
+    /* feclearexcept would also save and load the x87 state. */
+    _mm_setcsr(_mm_getcsr() & ~_MM_EXCEPT_MASK);
 #else
     feclearexcept(FE_ALL_EXCEPT);
 #endif

@@ -51,7 +51,7 @@ static inline double reduce_f64(double x, double n) {
     return (x - n * LN2_HIGH_F64) - n * LN2_LOW_F64;
 }
 
-/* e^(x + rest), |rest| within an ulp of x. x in [-87, 88] (f32), [-708, 709] (f64). 1 ulp. NaN stays. */
+/* e^(x + rest), |rest| <= ulp(x); x in [-87, 88] (f32), [-708, 709] (f64). 1 ulp. NaN stays. */
 static inline float exp_f32(float x, float rest) {
     float shifted = x * (float)LOG2_E + MAGIC_F32, n = shifted - MAGIC_F32;
     float r = reduce_f32(x, n) + rest;
@@ -251,7 +251,7 @@ static inline double residual_product_f64(double a, double b, double c) {
 }
 #endif
 
-/* (r + r_low)(high + *low) + (c + c_low) in two parts: returns the first, leaves the other in low. */
+/* (r + r_low)(high + *low) + (c + c_low) in two parts: returns the first, *low gets the other. */
 static inline double pair_step(double r, double r_low, double high, double *low, double c,
                                double c_low) {
     double product = r * high;

@@ -6,6 +6,10 @@ ctypedef fused real:
     float
     double
 
+ctypedef fused wide:  # another one, as wide or not
+    float
+    double
+
 cdef extern from "vecmath.h" nogil:
     float exp_f32(float x, float rest)
     double exp_f64(double x, double rest)

@@ -314,8 +314,7 @@ cdef int compute_rows(Job *job, npy_intp index, npy_intp first, npy_intp count,
 
 cdef int compute(Job *job) noexcept nogil:
     """The calls one after the other, or side by side where each is too short for threads."""
-    cdef int status = 0, threads
-    cdef npy_intp index
+    cdef int threads
     cdef double call_ns
     if job.calls * job.rows == 0:
         return 0
@@ -323,11 +322,7 @@ cdef int compute(Job *job) noexcept nogil:
         return compute_rows(job, 0, 0, job.rows, NULL)
     call_ns = nanoseconds(job)
     threads = threads_worth(job.calls * call_ns) if call_ns < SERIAL_NS else 1
-    if threads > 1:
-        return parallel_for(compute_call, job, job.calls, threads)
-    for index in range(job.calls):
-        status |= compute_call(job, index)
-    return status
+    return parallel_for(compute_call, job, job.calls, threads)
 
 
 cdef int compute_call(void *job, npy_intp index) noexcept nogil:
