@@ -1,5 +1,5 @@
-"""Values and gradients: a row's value as rows.pxi and bands.pxi find it, then one pass more over the
-row, still in cache, that writes the gradients. Short rows are computed side by side.
+"""Values and gradients: a row's value as rows.pxi and bands.pxi find it, then one pass more over
+the row, still in cache, that writes the gradients. Short rows are computed side by side.
 
 What the pass needs from the row is its Slope, made of the sums that the value was made of. Where
 those were not vouched for in float, value and gradients are computed in double, and where not in
