@@ -178,7 +178,8 @@ cdef inline int most_groups(const Batch *batch, const Kernel *kernel, real of_ty
     """A line of columns, or as many short rows as the first cache holds easily."""
     if lie_in_columns(batch, kernel, of_type):
         return BAND_BYTES / sizeof(real) / LANES
-    return <int> max(<npy_intp> 1, min(<npy_intp> MAX_GROUPS, STRIP // batch.core[0]))
+    cdef npy_intp length = max(<npy_intp> 1, batch.core[0])
+    return <int> max(<npy_intp> 1, min(<npy_intp> MAX_GROUPS, STRIP // length))
 
 
 cdef inline int rows_in_bands(const Batch *batch, npy_intp first, npy_intp last,
