@@ -133,6 +133,15 @@ def test_no_categories(dtype):
     np.testing.assert_array_equal(klfast.kl_normal(empty, empty, empty, empty), [0, 0])
 
 
+def test_no_elements_in_columns():
+    """Of two arrays whose rows lie differently far apart."""
+    near, far = np.empty((5, 20))[:0].T, np.empty((5, 40))[:0, ::2].T
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(klfast.kl_discrete(near, far), np.full(20, NAN))
+        np.testing.assert_array_equal(klfast.kl_categorical(near, far), np.full(20, NAN))
+    np.testing.assert_array_equal(klfast.kl_normal(near, far, near, far), np.zeros(20))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 5, 40, 1000])
 def test_all_zero_weights_as_they_stand(size, dtype):
