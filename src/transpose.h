@@ -9,7 +9,12 @@
 /* Ask for n bytes that are needed soon. */
 static inline void prefetch(const char *data, ptrdiff_t n) {
 #if defined(__GNUC__) || defined(__clang__)
-    for (ptrdiff_t i = 0; i < n; i += 64) __builtin_prefetch(data + i);
+    ptrdiff_t i = 0;
+    for (; i + 64 < n; i += 128) {
+        __builtin_prefetch(data + i);
+        __builtin_prefetch(data + i + 64);
+    }
+    if (i < n) __builtin_prefetch(data + i);
 #endif
 }
 
