@@ -10,6 +10,9 @@ from libc.stdint cimport uintptr_t
 cdef extern from "numpy/arrayobject.h":
     object PyArray_Scalar(void *data, cnp.PyArray_Descr *dtype, object base)
 
+cdef extern from "Python.h":
+    int Py_MakePendingCalls() except -1
+
 cdef union Result:
     float of_float
     double of_double
@@ -102,12 +105,17 @@ cdef class Plain:
             number_operand = temperature
             data[self.n_arrays] = <char *> &number_operand
         data[kernel.n_operands - 1] = <char *> &result
+        if number == cnp.NPY_DOUBLE:  # in case that there is no memory
+            result.of_double = NAN
+        else:
+            result.of_float = NAN
         gufunc_loop(data, sizes, steps, kernel)
         cdef double value = result.of_double if number == cnp.NPY_DOUBLE else result.of_float
         if value != value:  # NumPy reports bad values
             return None if self.explains_nan else self.of_batch(operands, out)
         if out is None:
             return PyArray_Scalar(&result, cnp.PyArray_DESCR(x), None)
+        Py_MakePendingCalls()  # after Ctrl-C the value is anything
         if number == cnp.NPY_DOUBLE:
             (<double *> cnp.PyArray_DATA(<cnp.ndarray> out))[0] = result.of_double
         else:
