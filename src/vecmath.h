@@ -21,17 +21,17 @@ static inline uint64_t bits_f64(double x) { uint64_t u; memcpy(&u, &x, sizeof u)
 static inline float from_bits_f32(uint32_t u) { float x; memcpy(&x, &u, sizeof x); return x; }
 static inline double from_bits_f64(uint64_t u) { double x; memcpy(&x, &u, sizeof x); return x; }
 
-/* Adding 1.5 * 2^(digits - 1) rounds x, |x| < 2^21 or 2^50, to the nearest integer n (ties to even)
- * and leaves it in the low bits of the sum. */
-#define MAGIC_F32 0x1.8p23f
-#define MAGIC_F64 0x1.8p52
+/* Adding this, 1.5 * 2^(digits - 1) and the bias of the exponent, rounds x, |x| < 2^21 or 2^50, to
+ * the nearest integer n and leaves n + bias, the exponent field of 2^n, in the low bits. */
+#define MAGIC_F32 (0x1.8p23f + 127)
+#define MAGIC_F64 (0x1.8p52 + 1023)
 
 /* 2^n from n + MAGIC, n in [-126, 127] (f32), [-1022, 1023] (f64). Exact. */
 static inline float pow2_shifted_f32(float shifted) {
-    return from_bits_f32((bits_f32(shifted) + 127u) << 23);
+    return from_bits_f32(bits_f32(shifted) << 23);
 }
 static inline double pow2_shifted_f64(double shifted) {
-    return from_bits_f64((bits_f64(shifted) + 1023u) << 52);
+    return from_bits_f64(bits_f64(shifted) << 52);
 }
 
 static inline double pow2_f64(double n) { return pow2_shifted_f64(n + MAGIC_F64); }
@@ -54,17 +54,17 @@ static inline double reduce_f64(double x, double n) {
 /* e^(x + rest), |rest| <= ulp(x); x in [-87, 88] (f32), [-708, 709] (f64). 1 ulp. NaN stays. */
 static inline float exp_f32(float x, float rest) {
     float shifted = x * (float)LOG2_E + MAGIC_F32, n = shifted - MAGIC_F32;
-    float r = reduce_f32(x, n) + rest;
+    float r = reduce_f32(x, n) + rest, power = pow2_shifted_f32(shifted);
     float q = 1.3926181810489343e-3f;
     q = q * r + 8.363177629994445e-3f;
     q = q * r + 4.1666554627878084e-2f;
     q = q * r + 1.6666576998242924e-1f;
     q = q * r + 0.5f;
-    return ((r * r) * q + r + 1.0f) * pow2_shifted_f32(shifted);
+    return ((r * r) * q + r) * power + power;
 }
 static inline double exp_f64(double x, double rest) {
     double shifted = x * LOG2_E + MAGIC_F64, n = shifted - MAGIC_F64;
-    double r = reduce_f64(x, n) + rest;
+    double r = reduce_f64(x, n) + rest, power = pow2_shifted_f64(shifted);
     double q = 2.510038319586702e-08;
     q = q * r + 2.7620085455018414e-07;
     q = q * r + 2.7557268464831627e-06;
@@ -75,7 +75,7 @@ static inline double exp_f64(double x, double rest) {
     q = q * r + 4.1666666666624136e-2;
     q = q * r + 0.16666666666666669;
     q = q * r + 0.5000000000000001;
-    return ((r * r) * q + r + 1.0) * pow2_shifted_f64(shifted);
+    return ((r * r) * q + r) * power + power;
 }
 
 /* phi(r) = e^r - 1 - r for |r| <= ln(2)/2 = 0.3465. 2 ulp. */
