@@ -30,7 +30,8 @@ from sums cimport (
     divergence_of, element, fill, fold, keep_from, largest, least, round_off, run_length, two_sum,
 )
 from vecmath cimport (
-    INFINITY, NAN, exp, expm1, larger, phi, phi_near, real, residual_product, smaller,
+    INFINITY, NAN, exp, expm1, larger, magnitude, phi, phi_near, real, residual_product,
+    smaller,
 )
 
 cdef enum Loop:
@@ -137,6 +138,12 @@ ctypedef struct Weighed:      # of LANES rows, or of every LANESth element of on
     double square[LANES]      # weight (a - b)^2
     double other[LANES]       # e^b, where it is asked for
 
+cdef enum:                    # where values of LANES rows, or of one, lie
+    LOWEST = 0                # a - b
+    HIGHEST = LANES           # a - b
+    REACH = 2 * LANES         # |a|, where the loop is plain
+    EXTREMES = 3 * LANES
+
 
 cdef inline real weight_of(int loop, real a, const real *constants, int lane) noexcept nogil:
     cdef real x, rest
@@ -151,28 +158,24 @@ cdef inline real weight_of(int loop, real a, const real *constants, int lane) no
 
 cdef inline void weigh_run(int loop, bint both, const real *a, const real *b, npy_intp step_a,
                            npy_intp step_b, int n, int first, const real *constants, real *weights,
-                           real *lowest_so_far, real *highest_so_far, Weighed *into) noexcept nogil:
-    """The weights of n terms of each lane, 0 for those before `first`, their sums, and where a - b
-    lies. `both`: e^b too."""
+                           real *lowest, real *highest, real *reach, Weighed *into) noexcept nogil:
+    """Add n terms of each lane."""
     cdef int lane, i
-    cdef real w, low, high, part, inf = <real> INFINITY, nan = <real> NAN
+    cdef real x, w, low, high, part, inf = <real> INFINITY, nan = <real> NAN
     cdef real weight[LANES]
     cdef real total[LANES]
     cdef real moment[LANES]
     cdef real square[LANES]
     cdef real other[LANES]
-    cdef real lowest[LANES]
-    cdef real highest[LANES]
-    copy(lowest_so_far, lowest)
-    copy(highest_so_far, highest)
     for lane in range(LANES):
         total[lane] = moment[lane] = square[lane] = other[lane] = 0
     for i in range(n):
         for lane in range(LANES):
-            weight[lane] = weight_of(loop, a[i * step_a + lane], constants, lane)
+            x = a[i * step_a + lane]
+            weight[lane] = weight_of(loop, x, constants, lane)
             if first:
                 weight[lane] = weight[lane] if lane >= first else <real> 0
-            w = a[i * step_a + lane] - b[i * step_b + lane]
+            w = x - b[i * step_b + lane]
             low = high = w
             if loop == Loop.FAR:  # what has no weight on both sides does not count
                 w = w if b[i * step_b + lane] > -inf else nan
@@ -186,9 +189,9 @@ cdef inline void weigh_run(int loop, bint both, const real *a, const real *b, np
             if both:
                 other[lane] += exp(b[i * step_b + lane], <real> 0)
             lowest[lane], highest[lane] = smaller(low, lowest[lane]), larger(high, highest[lane])
+            if loop == Loop.PLAIN:
+                reach[lane] = larger(magnitude(x), reach[lane])
         copy(weight, weights + i * LANES)
-    copy(lowest, lowest_so_far)
-    copy(highest, highest_so_far)
     fold(total, into.weight)
     fold(moment, into.moment)
     fold(square, into.square)
@@ -199,21 +202,45 @@ cdef inline void weigh_run(int loop, bint both, const real *a, const real *b, np
 
 cdef inline void weigh(int loop, bint both, const real *a, const real *b, npy_intp step_a,
                        npy_intp step_b, int n, int first, const real *constants, real *weights,
-                       real *lowest, real *highest, Weighed *into) noexcept nogil:
+                       real *extremes, Weighed *into) noexcept nogil:
+    """The weights of n terms of each lane, 0 for those before `first`, their sums, and where values
+    lie. `both`: e^b too."""
     cdef int length
+    cdef real lowest[LANES]
+    cdef real highest[LANES]
+    cdef real reach[LANES]
+    cdef Weighed sums
+    copy(into.weight, sums.weight)
+    copy(into.moment, sums.moment)
+    copy(into.square, sums.square)
+    if both:
+        copy(into.other, sums.other)
+    copy(extremes + LOWEST, lowest)
+    copy(extremes + HIGHEST, highest)
+    copy(extremes + REACH, reach)
     while n > 0:
         length = run_length(n, 1, <real> 0)
         weigh_run(loop, both, a, b, step_a, step_b, length, first, constants, weights, lowest,
-                  highest, into)
+                  highest, reach, &sums)
         a, b, n = a + length * step_a, b + length * step_b, n - length
         weights += length * LANES
+    copy(lowest, extremes + LOWEST)
+    copy(highest, extremes + HIGHEST)
+    copy(reach, extremes + REACH)
+    copy(sums.weight, into.weight)
+    copy(sums.moment, into.moment)
+    copy(sums.square, into.square)
+    if both:
+        copy(sums.other, into.other)
 
 
-cdef inline void weigh_nothing(real *lowest, real *highest, Weighed *into) noexcept nogil:
+cdef inline void weigh_nothing(real *extremes, Weighed *into) noexcept nogil:
     cdef int lane
     for lane in range(LANES):
         into.weight[lane] = into.moment[lane] = into.square[lane] = into.other[lane] = 0
-        lowest[lane], highest[lane] = <real> INFINITY, -<real> INFINITY
+        extremes[LOWEST + lane] = <real> INFINITY
+        extremes[HIGHEST + lane] = -<real> INFINITY
+        extremes[REACH + lane] = 0
 
 
 # Second phase: the terms, relative to the shift.
@@ -340,19 +367,15 @@ cdef inline double farthest_from(double shift, double lowest, double highest,
 
 cdef void weigh_loop(int loop, bint both, const real *a, const real *b, npy_intp step_a,
                      npy_intp step_b, int n, int first, const real *constants, real *weights,
-                     real *lowest, real *highest, Weighed *into) noexcept nogil:
+                     real *extremes, Weighed *into) noexcept nogil:
     if loop <= Loop.PLAIN and both:
-        weigh(Loop.PLAIN, True, a, b, step_a, step_b, n, first, constants, weights, lowest, highest,
-              into)
+        weigh(Loop.PLAIN, True, a, b, step_a, step_b, n, first, constants, weights, extremes, into)
     elif loop <= Loop.PLAIN:
-        weigh(Loop.PLAIN, False, a, b, step_a, step_b, n, first, constants, weights, lowest,
-              highest, into)
+        weigh(Loop.PLAIN, False, a, b, step_a, step_b, n, first, constants, weights, extremes, into)
     elif loop == Loop.EXACT:
-        weigh(Loop.EXACT, False, a, b, step_a, step_b, n, first, constants, weights, lowest,
-              highest, into)
+        weigh(Loop.EXACT, False, a, b, step_a, step_b, n, first, constants, weights, extremes, into)
     else:
-        weigh(Loop.FAR, False, a, b, step_a, step_b, n, first, constants, weights, lowest, highest,
-              into)
+        weigh(Loop.FAR, False, a, b, step_a, step_b, n, first, constants, weights, extremes, into)
 
 
 cdef void diverge_loop(int loop, bint offset, const real *a, const real *b, npy_intp step_a,
@@ -407,43 +430,59 @@ cdef void range_of(const real *a, int n, double *lowest, double *highest) noexce
         lowest[0], highest[0] = smaller(least(low), lowest[0]), larger(largest(high), highest[0])
 
 
-cdef inline bint finish_by_logs(const Weighed *lanes, double lowest, double highest, Sums *into,
-                                real of_type) noexcept nogil:
-    """The sums of a block from E_P[a - b] and the sums of e^a and e^b; False where P and Q are too
-    close to each other."""
-    cdef double weight = across(lanes.weight), change
-    if not (larger(highest, -lowest) < offset_limit(of_type) and weight > 0):
-        return False
-    into.lowest, into.highest = lowest, highest
-    into.shift = across(lanes.moment) / weight
-    change = into.shift + log(across(lanes.other) / weight)
-    if not change > 0.5 + 0.66 * sqrt(across(lanes.square) / weight):
-        return False
-    into.weight, into.divergence, into.drift = weight, weight * libm_expm1(change), 0
-    return True
+cdef inline double value_by_logs(const Weighed *lanes, const real *extremes) noexcept nogil:
+    """E_P[a - b] + log(sum e^b / sum e^a) of a block; 0 where that will not do: P and Q are too
+    close to each other, or e^b out of range."""
+    cdef double weight = across(lanes.weight), value
+    cdef double limit = offset_limit(extremes[0])
+    if not (largest(extremes + HIGHEST) < limit and -least(extremes + LOWEST) < limit):
+        return 0
+    value = across(lanes.moment) / weight + log(across(lanes.other) / weight)
+    return value if value > 0.5 + 0.66 * sqrt(across(lanes.square) / weight) else 0
 
 
-cdef inline bint weigh_block(int loop, const real **x, int n, const real *constants, real *weights,
-                             real *low, real *high, Weighed *sums, Sums *into) noexcept nogil:
-    """The weights of a block and their sums; True if these are all it needs. A first part shows
-    whether P and Q may be that far apart."""
-    cdef int steps = n // LANES, begin = 0, first = (LANES - n % LANES) % LANES
+cdef inline bint weigh_plainly(const real **x, int n, const real *constants, real *weights,
+                               real *extremes, Weighed *sums, double *value) noexcept nogil:
+    """The weights of a block by the plain loop; False where it will not do. And the value by
+    logarithms, or 0: a first part shows whether P and Q may be that far apart."""
+    cdef int steps = n // LANES, begin = min(steps, 16), first = (LANES - n % LANES) % LANES
     cdef npy_intp last = n - LANES
-    cdef bint both = loop == Loop.PLAIN
-    cdef Sums part
-    weigh_nothing(low, high, sums)
-    if both:
-        begin = min(steps, 16)
-        weigh_loop(
-            loop, True, x[0], x[1], LANES, LANES, begin, 0, constants, weights, low, high, sums)
-        both = finish_by_logs(sums, least(low), largest(high), &part, <real> 0)
-    weigh_loop(
-        loop, both, x[0] + begin * LANES, x[1] + begin * LANES, LANES, LANES, steps - begin, 0,
-        constants, weights + begin * LANES, low, high, sums)
+    cdef double limit = offset_limit(extremes[0])
+    cdef bint both
+    weigh_loop(Loop.PLAIN, True, x[0], x[1], LANES, LANES, begin, 0, constants, weights, extremes,
+               sums)
+    if not largest(extremes + REACH) < limit:
+        return False
+    both = begin == 0 or value_by_logs(sums, extremes) > 0
+    weigh_loop(Loop.PLAIN, both, x[0] + begin * LANES, x[1] + begin * LANES, LANES, LANES,
+               steps - begin, 0, constants, weights + begin * LANES, extremes, sums)
     if first:
-        weigh_loop(loop, both, x[0] + last, x[1] + last, LANES, LANES, 1, first, constants,
-                   weights + steps * LANES, low, high, sums)
-    return both and finish_by_logs(sums, least(low), largest(high), into, <real> 0)
+        weigh_loop(Loop.PLAIN, both, x[0] + last, x[1] + last, LANES, LANES, 1, first, constants,
+                   weights + steps * LANES, extremes, sums)
+    value[0] = value_by_logs(sums, extremes) if both else 0
+    return largest(extremes + REACH) < limit
+
+
+cdef inline int weigh_block(const real **x, int n, double beta, real *constants, real *weights,
+                            real *extremes, Weighed *sums, double *peak,
+                            double *value) noexcept nogil:
+    """The weights of a block, their sums, and its value, where they give it. Returns the loop."""
+    cdef int steps = n // LANES, first = (LANES - n % LANES) % LANES, loop
+    cdef npy_intp last = n - LANES
+    cdef double lowest, highest
+    value[0] = peak[0] = 0
+    weigh_nothing(extremes, sums)
+    if beta == 1 and weigh_plainly(x, n, constants, weights, extremes, sums, value):
+        return Loop.PLAIN
+    range_of(x[0], n, &lowest, &highest)
+    loop = first_loop(lowest, highest, beta, peak, <real> 0)
+    fill(&constants[PEAK], <real> peak[0])
+    weigh_nothing(extremes, sums)
+    weigh_loop(loop, False, x[0], x[1], LANES, LANES, steps, 0, constants, weights, extremes, sums)
+    if first:
+        weigh_loop(loop, False, x[0] + last, x[1] + last, LANES, LANES, 1, first, constants,
+                   weights + steps * LANES, extremes, sums)
+    return loop
 
 
 cdef void categorical_block(const real **x, int n, double beta, Sums *into) noexcept nogil:
@@ -451,32 +490,32 @@ cdef void categorical_block(const real **x, int n, double beta, Sums *into) noex
     own; the last lanes overlap what was added before and do not count."""
     cdef real weights[BLOCK + 2 * LANES]
     cdef real constants[CONSTANTS]
-    cdef real low[LANES]
-    cdef real high[LANES]
+    cdef real extremes[EXTREMES]
     cdef real infinite[LANES]
     cdef LaneSums lanes
     cdef Weighed sums
     cdef int loop, steps = n // LANES, first = (LANES - n % LANES) % LANES
     cdef npy_intp last = n - LANES
-    cdef double lowest, highest, highest_b = 0, weight, square
+    cdef double lowest, highest, lowest_b, highest_b = 0, weight, value
     cdef bint offset
-    range_of(x[0], n, &lowest, &highest)
-    loop = first_loop(lowest, highest, beta, &into.peak, <real> 0)
-    fill(&constants[PEAK], <real> into.peak)
+    fill(&constants[PEAK], <real> 0)
     fill(&constants[BETA], <real> beta)
     fill(&constants[BETA_REST], <real> (beta - <real> beta))
-    if weigh_block(loop, x, n, constants, weights, low, high, &sums, into):
-        return
-    weight, square, lowest, highest = (
-        across(sums.weight), across(sums.square), least(low), largest(high))
-    if weight == 0:
-        range_of(x[1], n, &lowest, &highest_b)
-    into.shift = choose_shift(weight, across(sums.moment), lowest, highest, highest_b, <real> 0)
-    fill(&constants[SHIFT], <real> into.shift)
+    loop = weigh_block(x, n, beta, constants, weights, extremes, &sums, &into.peak, &value)
+    weight, lowest, highest = (
+        across(sums.weight), least(extremes + LOWEST), largest(extremes + HIGHEST))
     into.lowest = lowest if loop == Loop.PLAIN else -INFINITY
     into.highest = highest if loop == Loop.PLAIN else <double> INFINITY
+    if value > 0:
+        into.shift = across(sums.moment) / weight
+        into.weight, into.divergence, into.drift = weight, weight * libm_expm1(value), 0
+        return
+    if weight == 0:
+        range_of(x[1], n, &lowest_b, &highest_b)
+    into.shift = choose_shift(weight, across(sums.moment), lowest, highest, highest_b, <real> 0)
+    fill(&constants[SHIFT], <real> into.shift)
     loop = second_loop(loop, farthest_from(into.shift, lowest, highest, beta), <real> 0)
-    offset = is_offset(into.shift, weight, square)
+    offset = is_offset(into.shift, weight, across(sums.square))
     fill(infinite, <real> 0)
     clear_lanes(&lanes)
     diverge_loop(
@@ -489,33 +528,48 @@ cdef void categorical_block(const real **x, int n, double beta, Sums *into) noex
     into.doubtful |= loop == Loop.FAR and largest(infinite) > 0
 
 
+cdef int choose_peaks(const real **x, const npy_intp *step, int n, int *loops, real *constants,
+                      real *high_b, LaneParts *into) noexcept nogil:
+    """The peaks of LANES rows and the loops for their weights. Returns the loop for all."""
+    cdef real low[LANES]
+    cdef real high[LANES]
+    cdef int lane, widest = Loop.PLAIN
+    ranges(x[0], step[0], n, low, high)
+    for lane in range(LANES):
+        loops[lane] = first_loop(
+            low[lane], high[lane], into.beta[lane], &into.peak[lane], <real> 0)
+        constants[PEAK + lane] = <real> into.peak[lane]
+        widest = max(widest, loops[lane])
+    if widest == Loop.FAR:
+        ranges(x[1], step[1], n, low, high_b)
+    return widest
+
+
 cdef int weigh_columns(const real **x, const npy_intp *step, int n, int *loops, real *constants,
                        real *weights, LaneParts *into) noexcept nogil:
     """The first phase of LANES rows, and the shifts that it gives. Returns the loop for them."""
-    cdef real low[LANES]
-    cdef real high[LANES]
+    cdef real extremes[EXTREMES]
     cdef real high_b[LANES]
+    cdef real *low = extremes + LOWEST
+    cdef real *high = extremes + HIGHEST
     cdef Weighed sums
-    cdef int lane, widest = Loop.PLAIN
+    cdef int lane, loop = Loop.PLAIN
+    cdef bint plain = least(into.beta) == 1 and largest(into.beta) == 1
     fill(high_b, <real> 0)
-    ranges(x[0], step[0], n, low, high)
-    if least(into.beta) == 1 and is_plain(least(low), largest(high), largest(into.beta), <real> 0):
-        for lane in range(LANES):
-            loops[lane], into.peak[lane] = Loop.PLAIN, 0
-    else:
-        for lane in range(LANES):
-            loops[lane] = first_loop(
-                low[lane], high[lane], into.beta[lane], &into.peak[lane], <real> 0)
-            widest = max(widest, loops[lane])
     for lane in range(LANES):
-        constants[PEAK + lane] = <real> into.peak[lane]
+        loops[lane], into.peak[lane], constants[PEAK + lane] = Loop.PLAIN, 0, 0
         constants[BETA + lane] = <real> into.beta[lane]
         constants[BETA_REST + lane] = <real> (into.beta[lane] - <real> into.beta[lane])
-    if widest == Loop.FAR:
-        ranges(x[1], step[1], n, low, high_b)
-    weigh_nothing(low, high, &sums)
-    weigh_loop(
-        widest, False, x[0], x[1], step[0], step[1], n, 0, constants, weights, low, high, &sums)
+    if plain:
+        weigh_nothing(extremes, &sums)
+        weigh_loop(Loop.PLAIN, False, x[0], x[1], step[0], step[1], n, 0, constants, weights,
+                   extremes, &sums)
+        plain = largest(extremes + REACH) < offset_limit(extremes[0])
+    if not plain:
+        loop = choose_peaks(x, step, n, loops, constants, high_b, into)
+        weigh_nothing(extremes, &sums)
+        weigh_loop(loop, False, x[0], x[1], step[0], step[1], n, 0, constants, weights, extremes,
+                   &sums)
     copy(sums.weight, into.sums.weight)
     for lane in range(LANES):
         into.shift[lane] = choose_shift(
@@ -523,7 +577,7 @@ cdef int weigh_columns(const real **x, const npy_intp *step, int n, int *loops, 
         constants[SHIFT + lane] = <real> into.shift[lane]
         into.farthest[lane] = farthest_from(
             into.shift[lane], low[lane], high[lane], into.beta[lane])
-    return widest
+    return loop
 
 
 cdef inline int column_loop(int first, double farthest, real of_type) noexcept nogil:

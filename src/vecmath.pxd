@@ -1,5 +1,6 @@
 """vecmath.h for fused types: name(x) is name_f32(x) or name_f64(x)."""
 
+from libc.math cimport fabs, fabsf
 from numpy cimport npy_intp
 
 ctypedef fused real:
@@ -135,3 +136,10 @@ cdef inline real larger(real x, real y) noexcept nogil:
 
 cdef inline real smaller(real x, real y) noexcept nogil:
     return x if x < y else y
+
+
+cdef inline real magnitude(real x) noexcept nogil:
+    if real is float:
+        return fabsf(x)
+    else:
+        return fabs(x)
