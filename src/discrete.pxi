@@ -17,9 +17,9 @@ from gufunc cimport Watch, is_unwanted
 from libc.math cimport fabs, frexp, ldexp, log, log1p
 from numpy cimport npy_intp
 from sums cimport (
-    LANES, LONGEST_RUN, RUN, Format, LaneParts, LaneSums, Row, Slope, Sums, Trait, add, add_lanes,
+    LANES, MOST_STEPS, RUN, Format, LaneParts, LaneSums, Row, Slope, Sums, Trait, add, add_lanes,
     add_lanes_exactly, clear, clear_lanes, copy, divergence_of, element, fill, fold, keep_from,
-    largest, least, run_length, round_off, two_sum,
+    largest, least, run_length, round_off, steps_together, two_sum,
 )
 from vecmath cimport (
     INFINITY, LN2, NAN, at_least, atanh_tail, larger, match_exponent, ratio_exponent, ratio_log,
@@ -44,20 +44,13 @@ cdef inline real largest_weight(real of_type) noexcept nogil:
 
 
 cdef inline void discrete_factors(const real *p, const real *q, npy_intp step_p, npy_intp step_q,
-                                  int n, bint scaled, const real *ratios, real *s, real *e_ln2,
-                                  real *head, real *excesses, real *lowest_so_far) noexcept nogil:
+                                  int n, bint scaled, const real *ratio, real *s, real *e_ln2,
+                                  real *head, real *excess, real *lowest) noexcept nogil:
     """What the terms are made of: s, e ln2, and (p - z) s + (q' - z). `scaled`: the ratio is not 1;
     adds to the excess sum(q' - p)."""
     cdef int lane, i, at
     cdef real x, y, x_normal, z, difference
     cdef real floor = smallest_weight(scaled, <real> 0)
-    cdef real ratio[LANES]
-    cdef real excess[LANES]
-    cdef real lowest[LANES]
-    if scaled:
-        copy(ratios, ratio)
-        copy(excesses, excess)
-    copy(lowest_so_far, lowest)
     for i in range(n):
         for lane in range(LANES):
             at = i * LANES + lane
@@ -74,9 +67,6 @@ cdef inline void discrete_factors(const real *p, const real *q, npy_intp step_p,
                 excess[lane] += (y - z) - difference
             s[at] = difference / (x + z)
             head[at] = difference * s[at] + (y - z)
-    copy(lowest, lowest_so_far)
-    if scaled:
-        copy(excess, excesses)
 
 
 cdef inline void add_terms(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
@@ -102,26 +92,40 @@ cdef inline void add_terms(const real *p, const real *q, npy_intp step_p, npy_in
         fold(excess, excesses)
 
 
-cdef inline void discrete_run(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
-                              int first, bint scaled, const real *ratios, real *lowest,
-                              LaneSums *into) noexcept nogil:
-    """Add n terms of each of the lanes first..LANES-1, in two sums where one would be too long. Two
-    loops are faster than one: processors keep few steps of a long chain in flight."""
-    cdef int lane, half = n if n <= RUN + RUN / 2 else (n + 1) // 2
-    cdef real s[LONGEST_RUN * LANES]
-    cdef real e_ln2[LONGEST_RUN * LANES]
-    cdef real head[LONGEST_RUN * LANES]
-    cdef real weight[LANES]
-    cdef real divergence[LANES]
-    cdef real excess[LANES]
-    for lane in range(LANES):
-        weight[lane] = divergence[lane] = excess[lane] = 0
+cdef inline void add_steps(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
+                           bint scaled, const real *ratios, real *lowest, real *weight,
+                           real *divergence, real *excess) noexcept nogil:
+    """Add n terms, at most MOST_STEPS, of each lane, in two sums where one would be too long."""
+    cdef int half = n if n <= RUN + RUN / 2 else (n + 1) // 2
+    cdef real s[MOST_STEPS * LANES]
+    cdef real e_ln2[MOST_STEPS * LANES]
+    cdef real head[MOST_STEPS * LANES]
     discrete_factors(p, q, step_p, step_q, n, scaled, ratios, s, e_ln2, head, excess, lowest)
     add_terms(p, q, step_p, step_q, half, scaled, s, e_ln2, head, weight, divergence, excess)
     if n > half:
         add_terms(p + half * step_p, q + half * step_q, step_p, step_q, n - half, scaled,
                   s + half * LANES, e_ln2 + half * LANES, head + half * LANES, weight, divergence,
                   excess)
+
+
+cdef inline void discrete_run(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
+                              int first, bint scaled, const real *ratios, real *lowest_so_far,
+                              LaneSums *into) noexcept nogil:
+    """Add n terms of each of the lanes first..LANES-1."""
+    cdef int lane, steps = steps_together(<real> 0)
+    cdef real weight[LANES]
+    cdef real divergence[LANES]
+    cdef real excess[LANES]
+    cdef real lowest[LANES]
+    copy(lowest_so_far, lowest)
+    for lane in range(LANES):
+        weight[lane] = divergence[lane] = excess[lane] = 0
+    while n >= steps:
+        add_steps(p, q, step_p, step_q, steps, scaled, ratios, lowest, weight, divergence, excess)
+        p, q, n = p + steps * step_p, q + steps * step_q, n - steps
+    if n > 0:
+        add_steps(p, q, step_p, step_q, n, scaled, ratios, lowest, weight, divergence, excess)
+    copy(lowest, lowest_so_far)
     for lane in range(LANES):
         excess[lane] -= divergence[lane]
     keep_from(first, weight)

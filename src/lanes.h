@@ -2,6 +2,16 @@
  * more run out of registers. */
 #if defined(__AVX512F__)
 #define LANES 16
+#define STEP_BYTES 128
 #else
 #define LANES 8
+#define STEP_BYTES 512
+#endif
+
+/* A member of no size that puts a struct at the begin of a line of the cache: vectors as long as a
+ * line would lie across two. */
+#if defined(__GNUC__) || defined(__clang__)
+typedef struct { char nothing[0]; } __attribute__((aligned(64))) Aligned;
+#else
+typedef char Aligned;
 #endif

@@ -15,8 +15,8 @@ from gufunc cimport Watch, is_unwanted
 from libc.math cimport exp as libm_exp, expm1 as libm_expm1, fabs, log
 from numpy cimport npy_intp
 from sums cimport (
-    LANES, LONGEST_RUN, STRIP, LaneParts, LaneSums, Row, Sums, Trait, across, add, clear_lanes,
-    copy, element, fill, fold, keep_from, largest, run_length,
+    LANES, MOST_STEPS, STRIP, LaneParts, LaneSums, Row, Sums, Trait, across, add, clear_lanes,
+    copy, element, fill, fold, keep_from, largest, run_length, steps_together,
 )
 from vecmath cimport (
     INFINITY, NAN, atanh_tail, exp, exp_pair_f64, expm1, larger, match_exponent, phi, ratio_log,
@@ -118,16 +118,16 @@ cdef inline void normal_factors(const real **at, const npy_intp *step, int n, in
                 rest[k] = (grown[k] - e_ln2) + mean * mean * (ratio * power)
 
 
-cdef inline void ratio_run(bint keep, const real **at, const npy_intp *step, int n, int spread_p,
-                           int spread_q, real *terms, real *run, real *doubts) noexcept nogil:
-    """Take n terms, twice, of each lane; two loops are faster than one, as in discrete_run."""
+cdef inline void ratio_steps(bint keep, const real **at, const npy_intp *step, int n, int spread_p,
+                             int spread_q, real *terms, real *run, real *doubts) noexcept nogil:
+    """Take n terms, twice, at most MOST_STEPS, of each lane."""
     cdef int lane, i, k
     cdef real two = 2
     cdef real term[LANES]
-    cdef real s[LONGEST_RUN * LANES]
-    cdef real grown[LONGEST_RUN * LANES]
-    cdef real factor[LONGEST_RUN * LANES]
-    cdef real rest[LONGEST_RUN * LANES]
+    cdef real s[MOST_STEPS * LANES]
+    cdef real grown[MOST_STEPS * LANES]
+    cdef real factor[MOST_STEPS * LANES]
+    cdef real rest[MOST_STEPS * LANES]
     normal_factors(at, step, n, spread_p, spread_q, s, grown, factor, rest, doubts)
     for i in range(n):
         for lane in range(LANES):
@@ -138,6 +138,22 @@ cdef inline void ratio_run(bint keep, const real **at, const npy_intp *step, int
             else:
                 term[lane] = factor[k] * (grown[k] + s[k]) + (rest[k] - atanh_tail(s[k]))
         take_terms(keep, term, terms + i * LANES, run)
+
+
+cdef inline void ratio_run(bint keep, const real **x, const npy_intp *step, int n, int spread_p,
+                           int spread_q, real *terms, real *run, real *doubts) noexcept nogil:
+    """Take n terms, twice, of each lane."""
+    cdef const real *at[4]
+    cdef int operand, steps = steps_together(<real> 0)
+    for operand in range(4):
+        at[operand] = x[operand]
+    while n >= steps:
+        ratio_steps(keep, at, step, steps, spread_p, spread_q, terms, run, doubts)
+        for operand in range(4):
+            at[operand] += steps * step[operand]
+        terms, n = terms + steps * LANES, n - steps
+    if n > 0:
+        ratio_steps(keep, at, step, n, spread_p, spread_q, terms, run, doubts)
 
 
 cdef inline void take_run(bint keep, const real **at, const npy_intp *step, int n, int spread_p,

@@ -16,8 +16,11 @@ from vecmath cimport (
 )
 
 cdef extern from "lanes.h":
+    ctypedef struct Aligned:
+        pass
     enum:
         LANES          # rows or elements that are computed side by side
+        STEP_BYTES     # of an operand, whose terms are taken in two loops, one after the other
 
 cdef enum:
     BLOCK = 1024       # elements of one row that are summed together
@@ -26,7 +29,7 @@ cdef enum:
     STRIP = 128        # elements of each of LANES rows that are summed together
     RUN = 8            # terms a lane sums in float before double takes over
     LONG_RUN = 32      # terms a lane sums in double before other sums take over
-    LONGEST_RUN = LONG_RUN + LONG_RUN / 2
+    MOST_STEPS = STEP_BYTES / 4 / LANES
     MAX_OPERANDS = 4
 
 cdef enum Family:
@@ -35,6 +38,7 @@ cdef enum Family:
     NORMAL
 
 ctypedef struct LaneSums:       # of LANES rows, or of every LANESth element of one
+    Aligned begin
     double weight[LANES]
     double divergence[LANES]
     double drift[LANES]
@@ -54,6 +58,7 @@ ctypedef struct Sums:
     bint doubtful               # a value outside the fast formula's range
 
 ctypedef struct LaneParts:      # of LANES rows: a part of each
+    Aligned begin
     LaneSums sums
     double shift[LANES]         # as those of Sums
     double peak[LANES]
@@ -170,6 +175,10 @@ cdef inline void add_lanes_exactly(Sums *into, const LaneSums *lanes) noexcept n
         across(lanes.direct))
     for lane in range(LANES):
         add(into, 0, 0, lanes.drift[lane], 0)
+
+
+cdef inline int steps_together(real of_type) noexcept nogil:
+    return STEP_BYTES // <int> sizeof(real) // LANES
 
 
 cdef inline int run_length(int n, int sums, real of_type) noexcept nogil:

@@ -147,13 +147,23 @@ def test_many_more_threads_than_work():
     np.testing.assert_array_equal(with_threads(50, lambda: IDS["discrete"](arrays)), one)
 
 
-LONG = 40_000_000  # elements of a row that takes no memory: some 0.1 s
+def long_row(function):
+    """Give a row that takes no memory and the function 0.1 s or more."""
+    length, seconds = 20_000_000, 0.0
+    while seconds < 0.1:
+        length *= 2
+        row = np.broadcast_to(np.float64(0.5), length)
+        start = time.perf_counter()
+        function(row, row)
+        seconds = time.perf_counter() - start
+    return row
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("function", [klfast.kl_discrete, klfast.kl_categorical])
 def test_gil_is_released_for_one_long_row(function, threads):
-    a = np.broadcast_to(np.float64(0.5), LONG)
+    with klfast.num_threads(threads):
+        a = long_row(function)
     ticks, stop = [], threading.Event()
 
     def tick():
