@@ -8,8 +8,8 @@ those of a short one not on how it lies either.
 
 from numpy cimport npy_intp
 from sums cimport (
-    LANES, MAX_OPERANDS, SHORT_ROW, STRIP, Family, LaneParts, LaneSums, Row, clear_lanes, copy,
-    fill, least, two_sum,
+    COPIED_BYTES, LANES, MAX_GROUPS, MAX_OPERANDS, SHORT_ROW, STRIP, Family, LaneParts, LaneSums,
+    Row, clear_lanes, copy, fill, least, two_sum,
 )
 from vecmath cimport INFINITY, larger, real
 
@@ -22,9 +22,7 @@ cdef extern from "transpose.h" nogil:
                        npy_intp width)
 
 cdef enum:
-    BAND_BYTES = 256           # of neighbouring columns: wider lines are no faster
-    ROWS_AHEAD = 4             # nor are 8
-    MAX_GROUPS = BAND_BYTES / 4 / LANES
+    ROWS_AHEAD = 4             # 8 are no better
 
 cdef enum Layout:
     COLUMNS            # elements of neighbouring rows side by side
@@ -139,12 +137,26 @@ cdef void load_rows(const Rows *rows, int operand, npy_intp start, int n,
                into + group * LANES, width)
 
 
+cdef inline void prefetch_columns(const real *x, npy_intp step, int n, int ahead) noexcept nogil:
+    """Ask for so many columns after n of them: processors do not foresee the way from line to line.
+    A line behind: what it evicts, where lines are a power of two apart, is done with."""
+    cdef int i
+    for i in range(n, n + ahead):
+        prefetch(<const char *> (x + i * step) - 64, LANES * sizeof(real))
+
+
+cdef inline bint is_read_in_place(const Rows *rows) noexcept nogil:
+    """Long columns whose terms are taken once."""
+    return (rows.in_lines and rows.first.length > STRIP
+            and rows.first.family != Family.CATEGORICAL)
+
+
 cdef void load_strip(const Rows *rows, npy_intp start, int n, real *buffer, const real **x,
                      npy_intp *step) noexcept nogil:
     """n elements of each row as columns, `step` elements apart: in the buffer, or in place."""
     cdef const Row *row = &rows.first
     cdef int operand, width = rows.groups * LANES
-    if rows.in_lines:
+    if rows.in_lines and not is_read_in_place(rows):
         load_lines(rows, start, n, buffer, x, step)
         return
     for operand in range(row.n_operands):
@@ -157,15 +169,19 @@ cdef void load_strip(const Rows *rows, npy_intp start, int n, real *buffer, cons
             buffer += n * width
 
 
-cdef void columns(const Row *row, const real **x, const npy_intp *step, int n,
-                  LaneParts *into) noexcept nogil:
-    """Add n columns."""
+cdef void columns(const Row *row, const real **x, const npy_intp *step, int n, int groups,
+                  int together, LaneParts *into) noexcept nogil:
+    """Add n columns of groups that lie side by side: `together` of each group, then the next."""
+    cdef const real *at[2]
+    cdef int group
     if row.family == Family.NORMAL:
-        normal_columns(x, step, n, row, into)
+        normal_columns(x, step, n, groups, together, row, into)
     elif row.family == Family.DISCRETE:
-        discrete_columns(x, step, n, row.normalize, into)
+        discrete_columns(x, step, n, groups, together, row.normalize, into)
     else:
-        categorical_columns(x, step, n, into)
+        for group in range(groups):
+            at[0], at[1] = x[0] + group * LANES, x[1] + group * LANES
+            categorical_columns(at, step, n, &into[group])
 
 
 # Strips of LANES rows, put together side by side as add_part does it for one row.
@@ -284,31 +300,50 @@ cdef inline void take_whole(const LaneTotals *whole, LaneParts *parts) noexcept 
 
 # A band.
 
-cdef void sum_strip(Band *band, int n, const real **x, const npy_intp *step) noexcept nogil:
+cdef inline bint all_wanted(const Band *band) noexcept nogil:
+    cdef int group
+    for group in range(band.rows.groups):
+        if not band.wanted[group]:
+            return False
+    return True
+
+
+cdef void sum_strip(Band *band, int n, const real **x, const npy_intp *step,
+                    int together) noexcept nogil:
     """The sums of n columns, of the groups that are wanted."""
     cdef const real *at[MAX_OPERANDS]
-    cdef int group, operand
-    for group in range(band.rows.groups):
+    cdef int i, group = 0, operand, groups = band.rows.groups if all_wanted(band) else 1
+    while group < band.rows.groups:
         if band.wanted[group]:
             for operand in range(band.rows.first.n_operands):
                 at[operand] = x[operand] + group * LANES
-            clear_lanes(&band.parts[group].sums)
-            columns(&band.rows.first, at, step, n, &band.parts[group])
+            for i in range(group, group + groups):
+                clear_lanes(&band.parts[i].sums)
+            columns(&band.rows.first, at, step, n, groups, together, &band.parts[group])
+        group += groups
+
+
+cdef inline int columns_together(const Row *row) noexcept nogil:
+    """Of those that are read where they lie: 8 lines of the cache, as more of them evict each other
+    where they are a power of two apart."""
+    return 8 // row.n_operands
 
 
 cdef void sum_band(Band *band, real *buffer, const real **x, npy_intp *step) noexcept nogil:
     """The sums of the groups that are wanted."""
     cdef const Row *row = &band.rows.first
     cdef npy_intp start = 0
-    cdef int n, group
+    cdef int n, group, together = STRIP
     if row.length <= STRIP:
         load_strip(&band.rows, 0, <int> row.length, buffer, x, step)
-        sum_strip(band, <int> row.length, x, step)
+        sum_strip(band, <int> row.length, x, step, <int> row.length)
         return
+    if is_read_in_place(&band.rows):
+        together = columns_together(row)
     while start < row.length:
         n = strip_length(&band.rows, start)
         load_strip(&band.rows, start, n, buffer, x, step)
-        sum_strip(band, n, x, step)
+        sum_strip(band, n, x, step, together)
         for group in range(band.rows.groups):
             if band.wanted[group]:
                 add_strip(&band.whole[group], &band.parts[group], start == 0,
@@ -434,7 +469,7 @@ cdef void refine_band(Band *band, real *buffer, const real **x, npy_intp *step, 
 cdef void band_values(Band *band, double *values, double *conditions, real of_type) noexcept nogil:
     """The values of all rows; those with a negative condition the fast formulas do not vouch
     for."""
-    cdef double buffer[MAX_OPERANDS * STRIP * BAND_BYTES / 8]
+    cdef double buffer[MAX_OPERANDS * STRIP * COPIED_BYTES / 8]
     cdef const Row *row = &band.rows.first
     cdef const real *x[MAX_OPERANDS]
     cdef npy_intp step[MAX_OPERANDS]

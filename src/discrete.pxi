@@ -17,8 +17,8 @@ from gufunc cimport Watch, is_unwanted
 from libc.math cimport fabs, frexp, ldexp, log, log1p
 from numpy cimport npy_intp
 from sums cimport (
-    LANES, MOST_STEPS, RUN, Format, LaneParts, LaneSums, Row, Slope, Sums, Trait, add, add_lanes,
-    add_lanes_exactly, clear, clear_lanes, copy, divergence_of, element, fill, fold, keep_from,
+    LANES, MAX_GROUPS, MOST_STEPS, RUN, Format, LaneParts, LaneSums, Row, Slope, Sums, Trait, add,
+    add_lanes, add_lanes_exactly, clear, clear_lanes, copy, divergence_of, element, fill, fold, keep_from,
     largest, least, run_length, round_off, steps_together, two_sum,
 )
 from vecmath cimport (
@@ -109,10 +109,10 @@ cdef inline void add_steps(const real *p, const real *q, npy_intp step_p, npy_in
 
 
 cdef inline void discrete_run(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
-                              int first, bint scaled, const real *ratios, real *lowest_so_far,
+                              int steps, int first, bint scaled, const real *ratios, real *lowest_so_far,
                               LaneSums *into) noexcept nogil:
     """Add n terms of each of the lanes first..LANES-1."""
-    cdef int lane, steps = steps_together(<real> 0)
+    cdef int lane
     cdef real weight[LANES]
     cdef real divergence[LANES]
     cdef real excess[LANES]
@@ -186,27 +186,49 @@ cdef inline void plain_run(const real *p, const real *q, npy_intp step_p, npy_in
 
 
 cdef inline void discrete_runs(const real *p, const real *q, npy_intp step_p, npy_intp step_q,
-                               int n, int first, bint scaled, bint normalize, const real *ratio,
-                               real *lowest, LaneSums *into) noexcept nogil:
+                               int n, int steps, int first, bint scaled, bint normalize,
+                               const real *ratio, real *lowest, LaneSums *into) noexcept nogil:
     cdef int length
     while n > 0:
         length = run_length(n, 2 if normalize else 1, <real> 0)
         if normalize:
-            discrete_run(p, q, step_p, step_q, length, first, scaled, ratio, lowest, into)
+            discrete_run(p, q, step_p, step_q, length, steps, first, scaled, ratio, lowest, into)
         else:
             plain_run(p, q, step_p, step_q, length, first, lowest, into)
         p, q, n = p + length * step_p, q + length * step_q, n - length
 
 
+cdef inline void discrete_groups(const real *p, const real *q, npy_intp step_p, npy_intp step_q,
+                                 int n, int groups, int ahead, int first, bint scaled,
+                                 bint normalize, const real *ratio, real *lowest,
+                                 LaneParts *into) noexcept nogil:
+    cdef int group, at
+    for group in range(groups):
+        at = group * LANES
+        prefetch_columns(p + at, step_p, n, ahead)
+        prefetch_columns(q + at, step_q, n, ahead)
+        if ahead and normalize:
+            discrete_run(p + at, q + at, step_p, step_q, n, 1, 0, scaled, ratio + at,
+                         lowest + at, &into[group].sums)
+        else:
+            discrete_runs(p + at, q + at, step_p, step_q, n, steps_together(<real> 0), first,
+                          scaled, normalize, ratio + at, lowest + at, &into[group].sums)
+
+
 cdef void discrete_loop(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
-                        int first, bint scaled, bint normalize, const real *ratio, real *lowest,
-                        LaneSums *into) noexcept nogil:
+                        int groups, int ahead, int first, bint scaled, bint normalize,
+                        const real *ratio, real *lowest, LaneParts *into) noexcept nogil:
+    """Add n terms of each lane of groups that lie side by side, and ask for so many of those that
+    follow."""
     if not normalize:
-        discrete_runs(p, q, step_p, step_q, n, first, False, False, ratio, lowest, into)
+        discrete_groups(p, q, step_p, step_q, n, groups, ahead, first, False, False, ratio, lowest,
+                        into)
     elif scaled:
-        discrete_runs(p, q, step_p, step_q, n, first, True, True, ratio, lowest, into)
+        discrete_groups(p, q, step_p, step_q, n, groups, ahead, first, True, True, ratio, lowest,
+                        into)
     else:
-        discrete_runs(p, q, step_p, step_q, n, first, False, True, ratio, lowest, into)
+        discrete_groups(p, q, step_p, step_q, n, groups, ahead, first, False, True, ratio, lowest,
+                        into)
 
 
 cdef void lower_margins(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
@@ -234,24 +256,24 @@ cdef void discrete_block(const real **x, int n, bint normalize, double ratio,
                          Sums *into) noexcept nogil:
     """The sums of n elements, LANES or more once padded; the last lanes overlap what was added
     before and do not count."""
-    cdef LaneSums lanes
+    cdef LaneParts lanes
     cdef real ratios[LANES]
     cdef real lowest[LANES]
     cdef int rest = n % LANES
     cdef npy_intp last = n - LANES
     cdef bint scaled = normalize and ratio != 1
-    clear_lanes(&lanes)
+    clear_lanes(&lanes.sums)
     fill(ratios, <real> ratio)
     fill(lowest, <real> 1)
     discrete_loop(
-        x[0], x[1], LANES, LANES, n // LANES, 0, scaled, normalize, ratios, lowest, &lanes)
+        x[0], x[1], LANES, LANES, n // LANES, 1, 0, 0, scaled, normalize, ratios, lowest, &lanes)
     if rest:
-        discrete_loop(x[0] + last, x[1] + last, LANES, LANES, 1, LANES - rest, scaled, normalize,
-                      ratios, lowest, &lanes)
+        discrete_loop(x[0] + last, x[1] + last, LANES, LANES, 1, 1, 0, LANES - rest, scaled,
+                      normalize, ratios, lowest, &lanes)
     if normalize:
-        add_lanes(into, &lanes)
+        add_lanes(into, &lanes.sums)
     else:
-        add_lanes_exactly(into, &lanes)
+        add_lanes_exactly(into, &lanes.sums)
     if least(lowest) < smallest_weight(scaled, <real> 0):
         fill(lowest, <real> 0)
         lower_margins(x[0], x[1], LANES, LANES, n // LANES, scaled, ratios, lowest)
@@ -259,22 +281,38 @@ cdef void discrete_block(const real **x, int n, bint normalize, double ratio,
     into.doubtful |= out_of_range(least(lowest), into.weight, <real> 0)
 
 
-cdef void discrete_columns(const real **x, const npy_intp *step, int n, bint normalize,
-                           LaneParts *into) noexcept nogil:
-    """Add n elements of each of LANES rows; elements lie `step` apart."""
-    cdef real ratios[LANES]
-    cdef real lowest[LANES]
+cdef void doubt_columns(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
+                        const real *ratios, real *lowest, LaneParts *into) noexcept nogil:
+    """Whether n elements of each of LANES rows are in range, the lowest of which is known."""
     cdef int lane
-    for lane in range(LANES):
-        ratios[lane], lowest[lane] = <real> into.ratio[lane], 1
-    discrete_loop(x[0], x[1], step[0], step[1], n, 0, into.scaled, normalize, ratios, lowest,
-                  &into.sums)
     if least(lowest) < smallest_weight(into.scaled, <real> 0):
         fill(lowest, <real> 0)
-        lower_margins(x[0], x[1], step[0], step[1], n, into.scaled, ratios, lowest)
+        lower_margins(p, q, step_p, step_q, n, into.scaled, ratios, lowest)
     for lane in range(LANES):
         into.doubtful[lane] = 1 if out_of_range(
             lowest[lane], into.sums.weight[lane], <real> 0) else into.doubtful[lane]
+
+
+cdef void discrete_columns(const real **x, const npy_intp *step, int n, int groups, int together,
+                           bint normalize, LaneParts *into) noexcept nogil:
+    """Add n elements of each of LANES rows; elements lie `step` apart. Groups side by side, either
+    all scaled or none: `together` elements of each group, then the next."""
+    cdef real ratios[MAX_GROUPS * LANES]
+    cdef real lowest[MAX_GROUPS * LANES]
+    cdef int lane, group, at, start = 0
+    for group in range(groups):
+        for lane in range(LANES):
+            ratios[group * LANES + lane] = <real> into[group].ratio[lane]
+            lowest[group * LANES + lane] = 1
+    while start < n:
+        discrete_loop(x[0] + start * step[0], x[1] + start * step[1], step[0], step[1],
+                      min(together, n - start), groups, together if together < n else 0, 0,
+                      into.scaled, normalize, ratios, lowest, into)
+        start += together
+    for group in range(groups):
+        at = group * LANES
+        doubt_columns(x[0] + at, x[1] + at, step[0], step[1], n, ratios + at, lowest + at,
+                      &into[group])
 
 
 cdef inline double usable(double ratio) noexcept nogil:

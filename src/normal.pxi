@@ -15,8 +15,8 @@ from gufunc cimport Watch, is_unwanted
 from libc.math cimport exp as libm_exp, expm1 as libm_expm1, fabs, log
 from numpy cimport npy_intp
 from sums cimport (
-    LANES, MOST_STEPS, STRIP, LaneParts, LaneSums, Row, Sums, Trait, across, add, clear_lanes,
-    copy, element, fill, fold, keep_from, largest, run_length, steps_together,
+    LANES, MAX_GROUPS, MOST_STEPS, STRIP, LaneParts, LaneSums, Row, Sums, Trait, across, add,
+    clear_lanes, copy, element, fill, fold, keep_from, largest, run_length, steps_together,
 )
 from vecmath cimport (
     INFINITY, NAN, atanh_tail, exp, exp_pair_f64, expm1, larger, match_exponent, phi, ratio_log,
@@ -140,11 +140,12 @@ cdef inline void ratio_steps(bint keep, const real **at, const npy_intp *step, i
         take_terms(keep, term, terms + i * LANES, run)
 
 
-cdef inline void ratio_run(bint keep, const real **x, const npy_intp *step, int n, int spread_p,
-                           int spread_q, real *terms, real *run, real *doubts) noexcept nogil:
+cdef inline void ratio_run(bint keep, const real **x, const npy_intp *step, int n, int steps,
+                           int spread_p, int spread_q, real *terms, real *run,
+                           real *doubts) noexcept nogil:
     """Take n terms, twice, of each lane."""
     cdef const real *at[4]
-    cdef int operand, steps = steps_together(<real> 0)
+    cdef int operand
     for operand in range(4):
         at[operand] = x[operand]
     while n >= steps:
@@ -156,16 +157,17 @@ cdef inline void ratio_run(bint keep, const real **x, const npy_intp *step, int 
         ratio_steps(keep, at, step, n, spread_p, spread_q, terms, run, doubts)
 
 
-cdef inline void take_run(bint keep, const real **at, const npy_intp *step, int n, int spread_p,
-                          int spread_q, real *terms, real *run, real *doubts) noexcept nogil:
+cdef inline void take_run(bint keep, const real **at, const npy_intp *step, int n, int steps,
+                          int spread_p, int spread_q, real *terms, real *run,
+                          real *doubts) noexcept nogil:
     if spread_p == Spread.LOG_VARIANCE and spread_q == Spread.LOG_VARIANCE:
         log_variance_run(keep, at, step, n, terms, run, doubts)
     else:
-        ratio_run(keep, at, step, n, spread_p, spread_q, terms, run, doubts)
+        ratio_run(keep, at, step, n, steps, spread_p, spread_q, terms, run, doubts)
 
 
-cdef inline void normal_run(const real **at, const npy_intp *step, int n, int first, int spread_p,
-                            int spread_q, real *terms, real *doubts_so_far,
+cdef inline void normal_run(const real **at, const npy_intp *step, int n, int steps, int first,
+                            int spread_p, int spread_q, real *terms, real *doubts_so_far,
                             LaneSums *into) noexcept nogil:
     """Add n terms, twice, of each of the lanes first..LANES-1, or keep them, unless `terms` is
     NULL."""
@@ -174,9 +176,9 @@ cdef inline void normal_run(const real **at, const npy_intp *step, int n, int fi
     copy(doubts_so_far, doubts)
     fill(run, <real> 0)
     if terms != NULL:
-        take_run(True, at, step, n, spread_p, spread_q, terms, run, doubts)
+        take_run(True, at, step, n, steps, spread_p, spread_q, terms, run, doubts)
     else:
-        take_run(False, at, step, n, spread_p, spread_q, terms, run, doubts)
+        take_run(False, at, step, n, steps, spread_p, spread_q, terms, run, doubts)
     copy(doubts, doubts_so_far)
     keep_from(first, run)
     fold(run, into.divergence)
@@ -191,72 +193,107 @@ cdef inline void normal_runs(const real **x, const npy_intp *step, int n, int fi
         at[operand] = x[operand]
     while n > 0:
         length = run_length(n, 1, <real> 0)
-        normal_run(at, step, length, first, spread_p, spread_q, terms, doubts, into)
+        normal_run(at, step, length, steps_together(<real> 0), first, spread_p, spread_q, terms,
+                   doubts, into)
         for operand in range(4):
             at[operand] += length * step[operand]
         terms = terms + length * LANES if terms != NULL else NULL
         n -= length
 
 
-cdef void normal_loop(const real **x, const npy_intp *step, int n, int first, const Row *row,
-                      real *terms, real *doubts, LaneSums *into) noexcept nogil:
-    """Every pair of parametrisations has a loop of its own; mixed ones only in double."""
+cdef inline void normal_groups(const real **x, const npy_intp *step, int n, int groups, int ahead,
+                               int first, int spread_p, int spread_q, real *terms, real *doubts,
+                               LaneParts *into) noexcept nogil:
+    cdef const real *at[4]
+    cdef int operand, group
+    for group in range(groups):
+        for operand in range(4):
+            at[operand] = x[operand] + group * LANES
+            prefetch_columns(at[operand], step[operand], n, ahead)
+        if ahead:
+            normal_run(at, step, n, 1, 0, spread_p, spread_q, <real *> NULL,
+                       doubts + group * LANES, &into[group].sums)
+        else:
+            normal_runs(at, step, n, first, spread_p, spread_q, terms, doubts + group * LANES,
+                        &into[group].sums)
+
+
+cdef void normal_loop(const real **x, const npy_intp *step, int n, int groups, int ahead, int first,
+                      const Row *row, real *terms, real *doubts, LaneParts *into) noexcept nogil:
+    """Take n terms, twice, of each lane of groups that lie side by side, and ask for so many of
+    those that follow. Every pair of parametrisations has a loop of its own; mixed ones only in
+    double."""
     cdef int p = row.spread_p, q = row.spread_q
     if p == Spread.SCALE and q == Spread.SCALE:
-        normal_runs(x, step, n, first, Spread.SCALE, Spread.SCALE, terms, doubts, into)
+        normal_groups(x, step, n, groups, ahead, first, Spread.SCALE, Spread.SCALE,
+                      terms, doubts, into)
     elif p == Spread.VARIANCE and q == Spread.VARIANCE:
-        normal_runs(x, step, n, first, Spread.VARIANCE, Spread.VARIANCE, terms, doubts, into)
+        normal_groups(x, step, n, groups, ahead, first, Spread.VARIANCE, Spread.VARIANCE,
+                      terms, doubts, into)
     elif p == Spread.LOG_VARIANCE and q == Spread.LOG_VARIANCE:
-        normal_runs(x, step, n, first, Spread.LOG_VARIANCE, Spread.LOG_VARIANCE, terms, doubts,
-                    into)
+        normal_groups(x, step, n, groups, ahead, first, Spread.LOG_VARIANCE, Spread.LOG_VARIANCE,
+                      terms, doubts, into)
     elif real is double:
         if p == Spread.SCALE and q == Spread.VARIANCE:
-            normal_runs(x, step, n, first, Spread.SCALE, Spread.VARIANCE, terms, doubts, into)
+            normal_groups(x, step, n, groups, ahead, first, Spread.SCALE, Spread.VARIANCE,
+                          terms, doubts, into)
         elif p == Spread.SCALE:
-            normal_runs(x, step, n, first, Spread.SCALE, Spread.LOG_VARIANCE, terms, doubts, into)
+            normal_groups(x, step, n, groups, ahead, first, Spread.SCALE, Spread.LOG_VARIANCE,
+                          terms, doubts, into)
         elif p == Spread.VARIANCE and q == Spread.SCALE:
-            normal_runs(x, step, n, first, Spread.VARIANCE, Spread.SCALE, terms, doubts, into)
+            normal_groups(x, step, n, groups, ahead, first, Spread.VARIANCE, Spread.SCALE,
+                          terms, doubts, into)
         elif p == Spread.VARIANCE:
-            normal_runs(x, step, n, first, Spread.VARIANCE, Spread.LOG_VARIANCE, terms, doubts,
-                        into)
+            normal_groups(x, step, n, groups, ahead, first, Spread.VARIANCE, Spread.LOG_VARIANCE,
+                          terms, doubts, into)
         elif q == Spread.SCALE:
-            normal_runs(x, step, n, first, Spread.LOG_VARIANCE, Spread.SCALE, terms, doubts, into)
+            normal_groups(x, step, n, groups, ahead, first, Spread.LOG_VARIANCE, Spread.SCALE,
+                          terms, doubts, into)
         else:
-            normal_runs(x, step, n, first, Spread.LOG_VARIANCE, Spread.VARIANCE, terms, doubts,
-                        into)
+            normal_groups(x, step, n, groups, ahead, first, Spread.LOG_VARIANCE, Spread.VARIANCE,
+                          terms, doubts, into)
 
 
 cdef void normal_block(const real **x, int n, const Row *row, Sums *into) noexcept nogil:
     """Add n elements, twice, LANES or more once padded; the last lanes overlap what was added
     before and do not count."""
-    cdef LaneSums lanes
+    cdef LaneParts lanes
     cdef real doubts[LANES]
     cdef const real *last[4]
     cdef npy_intp step[4]
     cdef int operand, lane
-    clear_lanes(&lanes)
+    clear_lanes(&lanes.sums)
     for lane in range(LANES):
         doubts[lane] = 0
     for operand in range(4):
         step[operand], last[operand] = LANES, x[operand] + n - LANES
-    normal_loop(x, step, n // LANES, 0, row, NULL, doubts, &lanes)
+    normal_loop(x, step, n // LANES, 1, 0, 0, row, NULL, doubts, &lanes)
     if n % LANES:
-        normal_loop(last, step, 1, LANES - n % LANES, row, NULL, doubts, &lanes)
-    add(into, 0, across(lanes.divergence), 0, 0)
+        normal_loop(last, step, 1, 1, 0, LANES - n % LANES, row, NULL, doubts, &lanes)
+    add(into, 0, across(lanes.sums.divergence), 0, 0)
     for lane in range(LANES):
         into.doubtful |= doubts[lane] > 0
 
 
-cdef void normal_columns(const real **x, const npy_intp *step, int n, const Row *row,
-                         LaneParts *into) noexcept nogil:
-    """Add n elements, twice, of each of LANES rows; elements lie `step` apart."""
-    cdef real doubts[LANES]
-    cdef int lane
-    for lane in range(LANES):
-        doubts[lane] = 0
-    normal_loop(x, step, n, 0, row, NULL, doubts, &into.sums)
-    for lane in range(LANES):
-        into.doubtful[lane] = 1 if doubts[lane] > 0 else into.doubtful[lane]
+cdef void normal_columns(const real **x, const npy_intp *step, int n, int groups, int together,
+                         const Row *row, LaneParts *into) noexcept nogil:
+    """Add n elements, twice, of each of LANES rows; elements lie `step` apart. Groups side by side:
+    `together` elements of each, then the next."""
+    cdef const real *at[4]
+    cdef real doubts[MAX_GROUPS * LANES]
+    cdef int lane, group, operand, start = 0
+    for group in range(groups):
+        fill(doubts + group * LANES, <real> 0)
+    while start < n:
+        for operand in range(4):
+            at[operand] = x[operand] + start * step[operand]
+        normal_loop(at, step, min(together, n - start), groups, together if together < n else 0, 0,
+                    row, NULL, doubts, into)
+        start += together
+    for group in range(groups):
+        for lane in range(LANES):
+            into[group].doubtful[lane] = (
+                1 if doubts[group * LANES + lane] > 0 else into[group].doubtful[lane])
 
 
 cdef void add_columns(const real *terms, int width, int n, double *sums) noexcept nogil:
@@ -285,7 +322,7 @@ cdef bint normal_gapless(const real **x, int n, int groups, const Row *row,
     fill(doubts, <real> 0)
     for operand in range(4):
         step[operand] = LANES
-    normal_loop(x, step, groups * n, 0, row, terms, doubts, &into.sums)
+    normal_loop(x, step, groups * n, 1, 0, 0, row, terms, doubts, into)
     if largest(doubts) > 0:
         return False
     transpose(terms, n, n, groups * LANES, turned, groups * LANES)

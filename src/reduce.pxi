@@ -4,7 +4,8 @@ rows one by one; what is left over is computed again, each row by itself."""
 from numpy cimport npy_intp
 from gufunc cimport Batch, Kernel, Plan, Watch, thread_limit
 from sums cimport (
-    LANES, MAX_OPERANDS, SHORT_ROW, STRIP, Family, Format, LaneParts, Row, Sums, clear_lanes, fill,
+    COPIED_BYTES, LANES, LINE_BYTES, MAX_GROUPS, MAX_OPERANDS, SHORT_ROW, STRIP, Family, Format,
+    LaneParts, Row, Sums, clear_lanes, fill,
 )
 from vecmath cimport real
 
@@ -177,7 +178,9 @@ cdef inline void set_betas(const Batch *batch, npy_intp first, int used, const K
 cdef inline int most_groups(const Batch *batch, const Kernel *kernel, real of_type) noexcept nogil:
     """A line of columns, or as many short rows as the first cache holds easily."""
     if lie_in_columns(batch, kernel, of_type):
-        return BAND_BYTES / sizeof(real) / LANES
+        if kernel.family == Family.CATEGORICAL or batch.core[0] <= STRIP:
+            return COPIED_BYTES / sizeof(real) / LANES
+        return LINE_BYTES / sizeof(real) / LANES
     cdef npy_intp length = max(<npy_intp> 1, batch.core[0])
     return <int> max(<npy_intp> 1, min(<npy_intp> MAX_GROUPS, STRIP // length))
 

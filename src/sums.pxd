@@ -31,6 +31,9 @@ cdef enum:
     LONG_RUN = 32      # terms a lane sums in double before other sums take over
     MOST_STEPS = STEP_BYTES / 4 / LANES
     MAX_OPERANDS = 4
+    LINE_BYTES = 2048  # of neighbouring columns that are read where they lie
+    COPIED_BYTES = 512 # of neighbouring columns that are copied
+    MAX_GROUPS = LINE_BYTES / 4 / LANES
 
 cdef enum Family:
     DISCRETE
