@@ -17,9 +17,9 @@ cdef extern from "transpose.h" nogil:
     void copy_line(const char *line, npy_intp ahead, npy_intp n, char *into)
     void prefetch(const char *data, npy_intp n)
     void transpose_f32(const float *x, npy_intp outer, npy_intp n, npy_intp rows, float *into,
-                       npy_intp width)
+                       npy_intp width, npy_intp ahead)
     void transpose_f64(const double *x, npy_intp outer, npy_intp n, npy_intp rows, double *into,
-                       npy_intp width)
+                       npy_intp width, npy_intp ahead)
 
 cdef enum:
     ROWS_AHEAD = 4             # 8 are no better
@@ -70,13 +70,13 @@ cdef void choose_layout(Rows *rows, int used, real of_type) noexcept nogil:
             rows.outer[operand] == rows.first.length * <npy_intp> sizeof(real))
 
 
-cdef inline void transpose(const real *x, npy_intp outer, int n, int rows, real *into,
-                           int width) noexcept nogil:
+cdef inline void transpose(const real *x, npy_intp outer, int n, int rows, real *into, int width,
+                           npy_intp ahead) noexcept nogil:
     """into[i * width + row] = element i of a row."""
     if real is float:
-        transpose_f32(x, outer, n, rows, into, width)
+        transpose_f32(x, outer, n, rows, into, width, ahead)
     else:
-        transpose_f64(x, outer, n, rows, into, width)
+        transpose_f64(x, outer, n, rows, into, width, ahead)
 
 
 cdef void gather(int format, const char *data, npy_intp outer, npy_intp step, int n, int used,
@@ -92,7 +92,7 @@ cdef void gather(int format, const char *data, npy_intp outer, npy_intp step, in
         return
     for lane in range(1, LANES):
         convert(format, data + (lane if lane < used else 0) * outer, step, n, converted + lane * n)
-    transpose(converted, n, n, LANES, into, width)
+    transpose(converted, n, n, LANES, into, width, 0)
 
 
 cdef inline int strip_length(const Rows *rows, npy_intp start) noexcept nogil:
@@ -128,9 +128,9 @@ cdef void load_rows(const Rows *rows, int operand, npy_intp start, int n,
     cdef const char *data = row.data[operand] + start * row.step[operand]
     cdef int group, width = rows.groups * LANES
     if rows.layout[operand] == Layout.ROWS:
-        if rows.gapless and rows.groups == 1:  # longer rows
-            prefetch(data + 2 * LANES * outer, LANES * outer)
-        transpose(<const real *> data, outer // <npy_intp> sizeof(real), n, width, into, width)
+        outer //= sizeof(real)
+        transpose(<const real *> data, outer, n, width, into, width,
+                  width * outer if rows.gapless else 0)
         return
     for group in range(rows.groups):
         gather(row.format, data + group * LANES * outer, outer, row.step[operand], n, rows.used,

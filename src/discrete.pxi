@@ -18,8 +18,8 @@ from libc.math cimport fabs, frexp, ldexp, log, log1p
 from numpy cimport npy_intp
 from sums cimport (
     LANES, MAX_GROUPS, MOST_STEPS, RUN, Format, LaneParts, LaneSums, Row, Slope, Sums, Trait, add,
-    add_lanes, add_lanes_exactly, clear, clear_lanes, copy, divergence_of, element, fill, fold, keep_from,
-    largest, least, run_length, round_off, steps_together, two_sum,
+    add_lanes, add_lanes_exactly, clear, clear_lanes, copy, divergence_of, element, fill, fold,
+    keep_from, largest, least, run_length, round_off, steps_together, two_sum,
 )
 from vecmath cimport (
     INFINITY, LN2, NAN, at_least, atanh_tail, larger, match_exponent, ratio_exponent, ratio_log,
@@ -109,8 +109,8 @@ cdef inline void add_steps(const real *p, const real *q, npy_intp step_p, npy_in
 
 
 cdef inline void discrete_run(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
-                              int steps, int first, bint scaled, const real *ratios, real *lowest_so_far,
-                              LaneSums *into) noexcept nogil:
+                              int steps, int first, bint scaled, const real *ratios,
+                              real *lowest_so_far, LaneSums *into) noexcept nogil:
     """Add n terms of each of the lanes first..LANES-1."""
     cdef int lane
     cdef real weight[LANES]

@@ -325,7 +325,7 @@ cdef bint normal_gapless(const real **x, int n, int groups, const Row *row,
     normal_loop(x, step, groups * n, 1, 0, 0, row, terms, doubts, into)
     if largest(doubts) > 0:
         return False
-    transpose(terms, n, n, groups * LANES, turned, groups * LANES)
+    transpose(terms, n, n, groups * LANES, turned, groups * LANES, 0)
     for group in range(groups):
         clear_lanes(&into[group].sums)
         add_columns(turned + group * LANES, groups * LANES, n, into[group].sums.divergence)

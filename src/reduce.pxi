@@ -176,13 +176,14 @@ cdef inline void set_betas(const Batch *batch, npy_intp first, int used, const K
 
 
 cdef inline int most_groups(const Batch *batch, const Kernel *kernel, real of_type) noexcept nogil:
-    """A line of columns, or as many short rows as the first cache holds easily."""
+    """A line of columns, or as many short rows as the first cache holds easily, beside those that
+    were asked for."""
     if lie_in_columns(batch, kernel, of_type):
         if kernel.family == Family.CATEGORICAL or batch.core[0] <= STRIP:
             return COPIED_BYTES / sizeof(real) / LANES
         return LINE_BYTES / sizeof(real) / LANES
     cdef npy_intp length = max(<npy_intp> 1, batch.core[0])
-    return <int> max(<npy_intp> 1, min(<npy_intp> MAX_GROUPS, STRIP // length))
+    return <int> max(<npy_intp> 1, min(<npy_intp> MAX_GROUPS, STRIP // 2 // length))
 
 
 cdef inline int rows_in_bands(const Batch *batch, npy_intp first, npy_intp last,

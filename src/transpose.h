@@ -1,5 +1,6 @@
 /* Rows of n elements, `outer` elements apart, into n columns, `width` elements apart: blocks of 4
- * columns in vectors, then pairs; the last of them overlaps the one before. */
+ * columns in vectors, then pairs; what is last overlaps what is before it. Of rows without gaps, as
+ * much is asked for `ahead` elements further on: processors do not foresee the way through them. */
 #ifndef KLFAST_TRANSPOSE_H
 #define KLFAST_TRANSPOSE_H
 
@@ -104,13 +105,16 @@ KLFAST_BLOCK(pair, double, 2, f64)
 
 #endif
 
-#define KLFAST_TRANSPOSE(type, real, step)                                                       \
-    static inline void transpose_##type(const real *x, ptrdiff_t outer, ptrdiff_t n,             \
-                                        ptrdiff_t rows, real *into, ptrdiff_t width) {           \
+#define KLFAST_TRANSPOSE(name, type, real, step)                                                 \
+    static inline void name##_##type(const real *x, ptrdiff_t outer, ptrdiff_t n,                \
+                                     ptrdiff_t rows, real *into, ptrdiff_t width,                \
+                                     ptrdiff_t ahead) {                                          \
         for (ptrdiff_t first = 0; first < rows; first += step) {                                 \
             ptrdiff_t i = 0;                                                                     \
-            for (; i + 4 <= n; i += 4)                                                           \
+            for (; i + 4 <= n; i += 4) {                                                         \
+                if (ahead) prefetch((const char *)(x + ahead + i * step), 4 * step * sizeof *x); \
                 block_##type(x + i, outer, width, into + i * width);                             \
+            }                                                                                    \
             for (; i < n && n > 1; i += 2) {                                                     \
                 ptrdiff_t at = i + 2 <= n ? i : n - 2;                                           \
                 pair_##type(x + at, outer, width, into + at * width);                            \
@@ -120,7 +124,70 @@ KLFAST_BLOCK(pair, double, 2, f64)
             into += step;                                                                        \
         }                                                                                        \
     }
-KLFAST_TRANSPOSE(f32, float, KLFAST_ROWS_F32)
-KLFAST_TRANSPOSE(f64, double, 4)
+
+#if defined(__AVX512F__)
+
+KLFAST_TRANSPOSE(narrow, f32, float, KLFAST_ROWS_F32)
+KLFAST_TRANSPOSE(narrow, f64, double, 4)
+
+/* Rows r, r + 4, r + 8, r + 12 as the quarters of a vector. */
+static inline __m512 four_rows(const float *x, ptrdiff_t outer) {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(two_rows(x, outer)),
+                              two_rows(x + 8 * outer, outer), 1);
+}
+static inline void wide_block_f32(const float *x, ptrdiff_t outer, ptrdiff_t width, float *into) {
+    __m512 a = four_rows(x, outer), b = four_rows(x + outer, outer);
+    __m512 c = four_rows(x + 2 * outer, outer), d = four_rows(x + 3 * outer, outer);
+    __m512 ab = _mm512_unpacklo_ps(a, b), ab_high = _mm512_unpackhi_ps(a, b);
+    __m512 cd = _mm512_unpacklo_ps(c, d), cd_high = _mm512_unpackhi_ps(c, d);
+    _mm512_storeu_ps(into, _mm512_shuffle_ps(ab, cd, 0x44));
+    _mm512_storeu_ps(into + width, _mm512_shuffle_ps(ab, cd, 0xee));
+    _mm512_storeu_ps(into + 2 * width, _mm512_shuffle_ps(ab_high, cd_high, 0x44));
+    _mm512_storeu_ps(into + 3 * width, _mm512_shuffle_ps(ab_high, cd_high, 0xee));
+}
+
+/* Rows r and r + 2 as the halves of a vector. */
+static inline __m512d two_rows_f64(const double *x, ptrdiff_t outer) {
+    return _mm512_insertf64x4(_mm512_castpd256_pd512(_mm256_loadu_pd(x)),
+                              _mm256_loadu_pd(x + 2 * outer), 1);
+}
+static inline void wide_block_f64(const double *x, ptrdiff_t outer, ptrdiff_t width, double *into) {
+    __m512d a = two_rows_f64(x, outer), b = two_rows_f64(x + outer, outer);
+    __m512d c = two_rows_f64(x + 4 * outer, outer), d = two_rows_f64(x + 5 * outer, outer);
+    __m512d ab = _mm512_unpacklo_pd(a, b), ab_high = _mm512_unpackhi_pd(a, b);
+    __m512d cd = _mm512_unpacklo_pd(c, d), cd_high = _mm512_unpackhi_pd(c, d);
+    _mm512_storeu_pd(into, _mm512_shuffle_f64x2(ab, cd, 0x88));
+    _mm512_storeu_pd(into + width, _mm512_shuffle_f64x2(ab_high, cd_high, 0x88));
+    _mm512_storeu_pd(into + 2 * width, _mm512_shuffle_f64x2(ab, cd, 0xdd));
+    _mm512_storeu_pd(into + 3 * width, _mm512_shuffle_f64x2(ab_high, cd_high, 0xdd));
+}
+
+#define KLFAST_WIDE_TRANSPOSE(type, real, step)                                                  \
+    static inline void transpose_##type(const real *x, ptrdiff_t outer, ptrdiff_t n,             \
+                                        ptrdiff_t rows, real *into, ptrdiff_t width,             \
+                                        ptrdiff_t ahead) {                                       \
+        if (n < 4) {                                                                             \
+            narrow_##type(x, outer, n, rows, into, width, ahead);                                \
+            return;                                                                              \
+        }                                                                                        \
+        for (ptrdiff_t first = 0; first < rows; first += step) {                                 \
+            for (ptrdiff_t i = 0; i < n; i += 4) {                                               \
+                ptrdiff_t at = i + 4 <= n ? i : n - 4;                                           \
+                if (ahead) prefetch((const char *)(x + ahead + i * step), 4 * step * sizeof *x); \
+                wide_block_##type(x + at, outer, width, into + at * width);                      \
+            }                                                                                    \
+            x += step * outer;                                                                   \
+            into += step;                                                                        \
+        }                                                                                        \
+    }
+KLFAST_WIDE_TRANSPOSE(f32, float, 16)
+KLFAST_WIDE_TRANSPOSE(f64, double, 8)
+
+#else
+
+KLFAST_TRANSPOSE(transpose, f32, float, KLFAST_ROWS_F32)
+KLFAST_TRANSPOSE(transpose, f64, double, 4)
+
+#endif
 
 #endif
