@@ -469,7 +469,7 @@ cdef void refine_band(Band *band, real *buffer, const real **x, npy_intp *step, 
 cdef void band_values(Band *band, double *values, double *conditions, real of_type) noexcept nogil:
     """The values of all rows; those with a negative condition the fast formulas do not vouch
     for."""
-    cdef double buffer[MAX_OPERANDS * STRIP * COPIED_BYTES / 8]
+    cdef double buffer[STRIP * COPIED_BYTES / 8]
     cdef const Row *row = &band.rows.first
     cdef const real *x[MAX_OPERANDS]
     cdef npy_intp step[MAX_OPERANDS]

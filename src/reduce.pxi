@@ -23,13 +23,18 @@ cdef inline void point_at(Row *row, const Batch *batch, npy_intp index) noexcept
         row.inverse_temperature = inverse_temperature(batch, index)
 
 
+cdef inline int row_operands(const Kernel *kernel) noexcept nogil:
+    """Those that have a row's elements."""
+    return 4 if kernel.family == Family.NORMAL else 2
+
+
 cdef inline Row row_at(const Batch *batch, npy_intp index, const Kernel *kernel) noexcept nogil:
     cdef Row row
     cdef int operand
     row.family, row.format = kernel.family, kernel.options[0]
     row.normalize = kernel.options[1]
     row.spread_p, row.spread_q = kernel.options[2], kernel.options[3]
-    row.n_operands = 4 if row.family == Family.NORMAL else 2
+    row.n_operands = row_operands(kernel)
     row.length = batch.core[0]
     for operand in range(row.n_operands):
         row.step[operand] = batch.inner[operand]
@@ -96,7 +101,7 @@ cdef inline bint lie_in_columns(const Batch *batch, const Kernel *kernel,
     cdef int operand
     if batch.n < LANES or kernel.options[0] != native_format(of_type):
         return False
-    for operand in range(4 if kernel.family == Family.NORMAL else 2):
+    for operand in range(row_operands(kernel)):
         if batch.outer[operand] != sizeof(real):
             return False
     return True
@@ -180,7 +185,7 @@ cdef inline int most_groups(const Batch *batch, const Kernel *kernel, real of_ty
     were asked for."""
     if lie_in_columns(batch, kernel, of_type):
         if kernel.family == Family.CATEGORICAL or batch.core[0] <= STRIP:
-            return COPIED_BYTES / sizeof(real) / LANES
+            return COPIED_BYTES / row_operands(kernel) / sizeof(real) / LANES
         return LINE_BYTES / sizeof(real) / LANES
     cdef npy_intp length = max(<npy_intp> 1, batch.core[0])
     return <int> max(<npy_intp> 1, min(<npy_intp> MAX_GROUPS, STRIP // 2 // length))

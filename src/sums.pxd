@@ -31,8 +31,8 @@ cdef enum:
     LONG_RUN = 32      # terms a lane sums in double before other sums take over
     MOST_STEPS = STEP_BYTES / 4 / LANES
     MAX_OPERANDS = 4
-    LINE_BYTES = 2048  # of neighbouring columns that are read where they lie
-    COPIED_BYTES = 512 # of neighbouring columns that are copied
+    LINE_BYTES = 2048     # of neighbouring columns that are read where they lie
+    COPIED_BYTES = 1024   # of those of all operands together that are copied
     MAX_GROUPS = LINE_BYTES / 4 / LANES
 
 cdef enum Family:
