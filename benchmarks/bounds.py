@@ -2,20 +2,17 @@
 
 Memory: the arrays at the speed of a plain read, a BLAS dot product of p's with q's, timed in turns
 with klfast. Arithmetic: the cycles that the vector instructions of klfast's kernel need if none
-ever waits. Single steps (tests/machine_code.py) count how often each is executed, llvm-mca says how
-many of them the processor takes in a cycle, and a countdown measures the clock. Matrices with
-D >= LARGE count floating-point operations instead, at the speed of a BLAS matrix product.
-
-The speed of multiply-adds, from registers alone or of a BLAS matrix product, is measured too.
+ever waits. Single steps (tests/machine_code.py) count how often each is executed, and those that
+are executed equally often are timed together, on registers by which none waits for another
+(throughput.py). Matrices with D >= LARGE count floating-point operations instead, at the speed of
+multiply-adds: from registers alone, or of a BLAS matrix product where that is faster.
 
 As a program: reads works from stdin, writes the cycles of one item of each (JSON).
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
-import mmap
 import re
 import shutil
 import subprocess
@@ -32,6 +29,7 @@ import numpy as np
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
 import machine_code
+import throughput
 from machine_code import Instruction
 
 if TYPE_CHECKING:
@@ -41,8 +39,10 @@ LARGE = 32
 ELEMENTS = 512  # of a row, or of short rows, that single steps are taken through
 LANES = 16  # at most so many short rows are computed together
 MOVES = re.compile(
-    r"v?(mov|lddqu|broadcast|insert|extract|unpck|perm|shuf|zero)|vp?broadcast|vperm"
+    r"v?(mov|lddqu|broadcast|insert|extract|unpck|perm|shuf|zero)|vp?(broadcast|maskmov)|vmaskmov"
 )
+ZERO = re.compile(r"v?p?xor\w* (\w+)(,\1)+")  # a name for zero: nothing is computed
+CHAINS = 64  # multiply-adds that are timed together
 
 
 def plain_read(arrays: dict[str, np.ndarray]) -> Callable[[], object]:
@@ -55,50 +55,26 @@ def plain_read(arrays: dict[str, np.ndarray]) -> Callable[[], object]:
 
 def why_no_cycles() -> str | None:
     reason = machine_code.why_no_disassembly() or machine_code.why_no_execution()
-    return reason or (None if shutil.which("llvm-mca") else "needs llvm-mca")
-
-
-def _machine_code(code: bytes) -> Callable[[int], None]:
-    """A function of one integer."""
-    page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-    page.write(code)
-    first = ctypes.c_char.from_buffer(page)  # keeps the page
-    call = ctypes.CFUNCTYPE(None, ctypes.c_uint64)(ctypes.addressof(first))
-    return lambda n: call(n) if first else None
-
-
-def _times_a_second(code: bytes, n: int) -> float:
-    """How often a loop runs, in the best of many short tries: neighbours on a shared machine halve
-    it for a second at a time."""
-    run = _machine_code(code)
-    return max(n / _seconds(lambda: run(n)) for _ in range(2000))
+    return reason or (None if shutil.which("cc") else "needs a C compiler (cc)")
 
 
 def clock() -> float:
-    """Cycles a second: every x86-64 processor counts down one a cycle."""
-    return _times_a_second(countdown(b""), 1_000_000)
-
-
-def countdown(body: bytes) -> bytes:
-    """body; dec rdi; jnz to the begin; ret"""
-    return body + bytes([0x48, 0xFF, 0xCF, 0x75, 0x100 - len(body) - 5, 0xC3])
-
-
-def multiply_add(register: int) -> bytes:
-    """vfmadd231pd ymm, ymm, ymm, all the same, one of the first eight"""
-    source = 0x85 | (~register & 15) << 3
-    return bytes([0xC4, 0xE2, source, 0xB8, 0xC0 | register << 3 | register])
+    """Cycles a second."""
+    return 1 / throughput.seconds([()])[0]
 
 
 def flops_a_second(dtype: str, size: int = 768) -> float:
-    """Of eight independent chains of multiply-adds, or of a matrix product where that is faster (on
-    wider registers); within a threads context of one."""
-    a, lanes = np.ones((size, size), dtype), 32 // np.dtype(dtype).itemsize
+    """Of multiply-adds from registers alone, or of a matrix product where that is faster; within a
+    threads context of one."""
+    a = np.ones((size, size), dtype)
     product = max(2 * size**3 / _seconds(lambda: a @ a) for _ in range(5))
-    if why_no_cycles() or "avx2" not in klfast.config.describe()["isa_available"]:
+    available = klfast.config.describe()["isa_available"]
+    if why_no_cycles() or "avx2" not in available:
         return product
-    chains = countdown(b"".join(map(multiply_add, range(8))))
-    return max(product, 8 * 2 * lanes * _times_a_second(chains, 500_000))
+    register, real = "zmm0" if "avx512" in available else "ymm0", a.dtype.char.replace("f", "s")
+    add = Instruction(0, f"vfmadd231p{real}", ",".join([register] * 3))
+    seconds = throughput.seconds([(add,) * CHAINS])[0]
+    return max(product, 2 * CHAINS * add.width / a.itemsize / seconds)
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -126,50 +102,45 @@ def needs_cycles(work: Work) -> bool:
 
 
 def is_vector(instruction: Instruction) -> bool:
-    return instruction.width > 0 and not MOVES.match(instruction.name)
+    """Whether it computes something in vector registers."""
+    text = f"{instruction.name} {instruction.operands}"
+    return instruction.width > 0 and not MOVES.match(text) and not ZERO.fullmatch(text)
 
 
 def cycles(works: list[Work]) -> list[float]:
     """Cycles of one item of each work, from a process of its own, where nothing else runs."""
     asked = json.dumps([asdict(work) for work in works])
     done = subprocess.run(
-        [sys.executable, __file__], input=asked, capture_output=True, text=True, check=True
+        [sys.executable, __file__], input=asked, stdout=subprocess.PIPE, text=True, check=True
     )
     return list(json.loads(done.stdout.splitlines()[-1]))
 
 
-def cycles_of_item(work: Work) -> float:
-    few = stepped(work)
-    arrays, function = few.inputs(), getattr(klfast, few.function)
+def executed_blocks(work: Work) -> dict[int, throughput.Block]:
+    """The vector instructions that one call executes, by how often."""
+    arrays, function = work.inputs(), getattr(klfast, work.function)
     counts = machine_code.executed(lambda: function(**arrays))
     path = machine_code.module_path(klfast._kernels.isa)
     assert path is not None
-    vector = [i for i in machine_code.disassemble(path) if counts[i.address] and is_vector(i)]
-    by_count: dict[int, list[Instruction]] = {}
-    for instruction in vector:
-        by_count.setdefault(counts[instruction.address], []).append(instruction)
-    total = sum(n * t for n, t in zip(by_count, throughputs([*by_count.values()]), strict=True))
-    return total / few.items * work.size / few.size if not work.matrices else total / few.items
+    by_count: dict[int, throughput.Block] = {}
+    for instruction in machine_code.disassemble(path):
+        n = counts[instruction.address]
+        if n and is_vector(instruction):
+            by_count[n] = (*by_count.get(n, ()), instruction)
+    return by_count
 
 
-def throughputs(blocks: list[list[Instruction]]) -> list[float]:
-    """Cycles of each block of instructions if it repeats and none waits for another."""
-    lines = [".intel_syntax noprefix"]
-    for n, block in enumerate(blocks):
-        lines += [f"# LLVM-MCA-BEGIN {n}", *map(_source, block), "# LLVM-MCA-END"]
-    done = subprocess.run(
-        ["llvm-mca", "-mcpu=native", "-iterations=1"],
-        input="\n".join(lines) + "\n",
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return [float(x) for x in re.findall(r"Block RThroughput:\s*([\d.]+)", done.stdout)]
-
-
-def _source(instruction: Instruction) -> str:
-    operands = re.sub(r"\s*(#.*|<.*>)", "", instruction.operands)
-    return f"{instruction.name} {operands}"
+def cycles_of_items(works: list[Work]) -> list[float]:
+    taken = [stepped(work) for work in works]
+    executed = [executed_blocks(work) for work in taken]
+    blocks = list({block: None for by_count in executed for block in by_count.values()})
+    cycle, *times = throughput.seconds([(), *blocks])
+    took = dict(zip(blocks, times, strict=True))
+    totals = [sum(n * took[block] for n, block in by_count.items()) for by_count in executed]
+    return [
+        total / cycle / few.items * work.size / few.size
+        for total, few, work in zip(totals, taken, works, strict=True)
+    ]
 
 
 def main() -> None:
@@ -178,7 +149,7 @@ def main() -> None:
     machine_code.pin()
     klfast.set_num_threads(1)
     works = [Work(**fields) for fields in json.load(sys.stdin)]
-    print(json.dumps([cycles_of_item(work) for work in works]))
+    print(json.dumps(cycles_of_items(works)))
 
 
 if __name__ == "__main__":
