@@ -26,7 +26,7 @@ cdef enum:
     BLOCK = 1024       # elements of one row that are summed together
     HALF = LANES / 2
     QUARTER = LANES / 4
-    STRIP = 128        # elements of each of LANES rows that are summed together
+    STRIP = 64 + 8 * LANES   # elements of each of LANES rows that are summed together
     RUN = 8            # terms a lane sums in float before double takes over
     LONG_RUN = 32      # terms a lane sums in double before other sums take over
     MOST_STEPS = STEP_BYTES / 4 / LANES
@@ -264,9 +264,9 @@ cdef enum Format:
     BFLOAT16
 
 cdef enum:
-    # Below, at most STRIP: side by side, in a third to two thirds of the time. Up to 130 that saves
-    # instructions too, but little time, and a row that is alone takes that of LANES.
-    SHORT_ROW = 96
+    # Below, at most STRIP: side by side, in a third to two thirds of the time. A third more of
+    # that saves instructions too, but little time, and a row that is alone takes that of LANES.
+    SHORT_ROW = 12 * LANES
 
 ctypedef struct Row:
     int family
