@@ -26,13 +26,13 @@ cdef enum:
     BLOCK = 1024       # elements of one row that are summed together
     HALF = LANES / 2
     QUARTER = LANES / 4
-    STRIP = 64 + 8 * LANES   # elements of each of LANES rows that are summed together
+    STRIP = 112 + 2 * LANES  # elements of each of LANES rows that are summed together
     RUN = 8            # terms a lane sums in float before double takes over
     LONG_RUN = 32      # terms a lane sums in double before other sums take over
     MOST_STEPS = STEP_BYTES / 4 / LANES
     MAX_OPERANDS = 4
-    LINE_BYTES = 2048     # of neighbouring columns that are read where they lie
-    COPIED_BYTES = 1024   # of those of all operands together that are copied
+    LINE_BYTES = 2048        # of neighbouring columns that are read where they lie
+    COPIED_BYTES = 1024      # of those of all operands together that are copied
     MAX_GROUPS = LINE_BYTES / 4 / LANES
 
 cdef enum Family:
@@ -264,9 +264,9 @@ cdef enum Format:
     BFLOAT16
 
 cdef enum:
-    # Below, at most STRIP: side by side, in a third to two thirds of the time. A third more of
-    # that saves instructions too, but little time, and a row that is alone takes that of LANES.
-    SHORT_ROW = 12 * LANES
+    # Below, at most STRIP: side by side, in a third to two thirds of the time. A third more saves
+    # less, and a row that is alone takes the time of LANES.
+    SHORT_ROW = 48 + 6 * LANES
 
 ctypedef struct Row:
     int family
