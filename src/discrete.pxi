@@ -185,17 +185,29 @@ cdef inline void plain_run(const real *p, const real *q, npy_intp step_p, npy_in
         into.drift[lane] = two_sum(into.drift[lane], -divergence[lane], &into.rest[lane])
 
 
+cdef inline void any_run(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
+                         int steps, int first, bint scaled, bint normalize, const real *ratio,
+                         real *lowest, LaneSums *into) noexcept nogil:
+    if normalize:
+        discrete_run(p, q, step_p, step_q, n, steps, first, scaled, ratio, lowest, into)
+    else:
+        plain_run(p, q, step_p, step_q, n, first, lowest, into)
+
+
 cdef inline void discrete_runs(const real *p, const real *q, npy_intp step_p, npy_intp step_q,
-                               int n, int steps, int first, bint scaled, bint normalize,
-                               const real *ratio, real *lowest, LaneSums *into) noexcept nogil:
+                               int n, int first, bint scaled, bint normalize, const real *ratio,
+                               real *lowest, LaneSums *into) noexcept nogil:
+    """Add n terms of each lane, and of the lanes from `first` on, if it is not 0, one more, from a
+    vector that overlaps the last."""
     cdef int length
     while n > 0:
         length = run_length(n, 2 if normalize else 1, <real> 0)
-        if normalize:
-            discrete_run(p, q, step_p, step_q, length, steps, first, scaled, ratio, lowest, into)
-        else:
-            plain_run(p, q, step_p, step_q, length, first, lowest, into)
+        any_run(p, q, step_p, step_q, length, steps_together(<real> 0), 0, scaled, normalize, ratio,
+                lowest, into)
         p, q, n = p + length * step_p, q + length * step_q, n - length
+    if first:
+        any_run(p - first, q - first, step_p, step_q, 1, 1, first, scaled, normalize, ratio, lowest,
+                into)
 
 
 cdef inline void discrete_groups(const real *p, const real *q, npy_intp step_p, npy_intp step_q,
@@ -211,15 +223,15 @@ cdef inline void discrete_groups(const real *p, const real *q, npy_intp step_p, 
             discrete_run(p + at, q + at, step_p, step_q, n, 1, 0, scaled, ratio + at,
                          lowest + at, &into[group].sums)
         else:
-            discrete_runs(p + at, q + at, step_p, step_q, n, steps_together(<real> 0), first,
-                          scaled, normalize, ratio + at, lowest + at, &into[group].sums)
+            discrete_runs(p + at, q + at, step_p, step_q, n, first, scaled, normalize, ratio + at,
+                          lowest + at, &into[group].sums)
 
 
 cdef void discrete_loop(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
                         int groups, int ahead, int first, bint scaled, bint normalize,
                         const real *ratio, real *lowest, LaneParts *into) noexcept nogil:
     """Add n terms of each lane of groups that lie side by side, and ask for so many of those that
-    follow."""
+    follow; `first`: as discrete_runs."""
     if not normalize:
         discrete_groups(p, q, step_p, step_q, n, groups, ahead, first, False, False, ratio, lowest,
                         into)
@@ -259,17 +271,14 @@ cdef void discrete_block(const real **x, int n, bint normalize, double ratio,
     cdef LaneParts lanes
     cdef real ratios[LANES]
     cdef real lowest[LANES]
-    cdef int rest = n % LANES
+    cdef int first = (LANES - n % LANES) % LANES
     cdef npy_intp last = n - LANES
     cdef bint scaled = normalize and ratio != 1
     clear_lanes(&lanes.sums)
     fill(ratios, <real> ratio)
     fill(lowest, <real> 1)
-    discrete_loop(
-        x[0], x[1], LANES, LANES, n // LANES, 1, 0, 0, scaled, normalize, ratios, lowest, &lanes)
-    if rest:
-        discrete_loop(x[0] + last, x[1] + last, LANES, LANES, 1, 1, 0, LANES - rest, scaled,
-                      normalize, ratios, lowest, &lanes)
+    discrete_loop(x[0], x[1], LANES, LANES, n // LANES, 1, 0, first, scaled, normalize, ratios,
+                  lowest, &lanes)
     if normalize:
         add_lanes(into, &lanes.sums)
     else:

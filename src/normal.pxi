@@ -187,18 +187,24 @@ cdef inline void normal_run(const real **at, const npy_intp *step, int n, int st
 cdef inline void normal_runs(const real **x, const npy_intp *step, int n, int first, int spread_p,
                              int spread_q, real *terms, real *doubts,
                              LaneSums *into) noexcept nogil:
+    """Take n terms, twice, of each lane, and of the lanes from `first` on, if it is not 0, one
+    more, from a vector that overlaps the last."""
     cdef const real *at[4]
     cdef int operand, length
     for operand in range(4):
         at[operand] = x[operand]
     while n > 0:
         length = run_length(n, 1, <real> 0)
-        normal_run(at, step, length, steps_together(<real> 0), first, spread_p, spread_q, terms,
-                   doubts, into)
+        normal_run(at, step, length, steps_together(<real> 0), 0, spread_p, spread_q, terms, doubts,
+                   into)
         for operand in range(4):
             at[operand] += length * step[operand]
         terms = terms + length * LANES if terms != NULL else NULL
         n -= length
+    if first:
+        for operand in range(4):
+            at[operand] -= first
+        normal_run(at, step, 1, 1, first, spread_p, spread_q, <real *> NULL, doubts, into)
 
 
 cdef inline void normal_groups(const real **x, const npy_intp *step, int n, int groups, int ahead,
@@ -221,8 +227,8 @@ cdef inline void normal_groups(const real **x, const npy_intp *step, int n, int 
 cdef void normal_loop(const real **x, const npy_intp *step, int n, int groups, int ahead, int first,
                       const Row *row, real *terms, real *doubts, LaneParts *into) noexcept nogil:
     """Take n terms, twice, of each lane of groups that lie side by side, and ask for so many of
-    those that follow. Every pair of parametrisations has a loop of its own; mixed ones only in
-    double."""
+    those that follow; `first`: as normal_runs. Every pair of parametrisations has a loop of its
+    own; mixed ones only in double."""
     cdef int p = row.spread_p, q = row.spread_q
     if p == Spread.SCALE and q == Spread.SCALE:
         normal_groups(x, step, n, groups, ahead, first, Spread.SCALE, Spread.SCALE,
@@ -259,17 +265,14 @@ cdef void normal_block(const real **x, int n, const Row *row, Sums *into) noexce
     before and do not count."""
     cdef LaneParts lanes
     cdef real doubts[LANES]
-    cdef const real *last[4]
     cdef npy_intp step[4]
     cdef int operand, lane
     clear_lanes(&lanes.sums)
     for lane in range(LANES):
         doubts[lane] = 0
     for operand in range(4):
-        step[operand], last[operand] = LANES, x[operand] + n - LANES
-    normal_loop(x, step, n // LANES, 1, 0, 0, row, NULL, doubts, &lanes)
-    if n % LANES:
-        normal_loop(last, step, 1, 1, 0, LANES - n % LANES, row, NULL, doubts, &lanes)
+        step[operand] = LANES
+    normal_loop(x, step, n // LANES, 1, 0, (LANES - n % LANES) % LANES, row, NULL, doubts, &lanes)
     add(into, 0, across(lanes.sums.divergence), 0, 0)
     for lane in range(LANES):
         into.doubtful |= doubts[lane] > 0

@@ -212,10 +212,12 @@ cdef inline void fill(real *lanes, real value) noexcept nogil:
 
 
 cdef inline void keep_from(int first, real *run) noexcept nogil:
-    """Lanes before `first` do not count."""
+    """Lanes before `first` do not count. Compared as numbers of their type: of integers GCC makes a
+    loop over the first ones, whose narrow stores the next wide load waits for."""
     cdef int lane
+    cdef real limit = <real> first
     for lane in range(LANES if first else 0):
-        run[lane] = run[lane] if lane >= first else <real> 0
+        run[lane] = run[lane] if <real> lane >= limit else <real> 0
 
 
 cdef inline double divergence_of(double weight, double divergence, double drift) noexcept nogil:
