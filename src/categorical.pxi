@@ -6,7 +6,7 @@ and for c = E_P[a - b], found first, nothing cancels at any distance of P and Q.
 in second order only. One exponential of a, one phi.
 
 Where P and Q are far apart nothing cancels either in
-    KL = E_P[a - b] + log(sum e^b) - log(sum e^a),   T = 1,
+    sum e^a phi(y) = e^c sum e^b - sum e^a,   c = E_P[a - b],   T = 1,
 whose sums are taken beside those that give c; their errors, 3e-7 + 4e-7 E_P|a - b| in float32, are
 small beside it.
 
@@ -203,8 +203,9 @@ cdef inline void weigh_run(int loop, bint both, const real *a, const real *b, np
 cdef inline void weigh(int loop, bint both, const real *a, const real *b, npy_intp step_a,
                        npy_intp step_b, int n, int first, const real *constants, real *weights,
                        real *extremes, Weighed *into) noexcept nogil:
-    """The weights of n terms of each lane, 0 for those before `first`, their sums, and where values
-    lie. `both`: e^b too."""
+    """The weights of n terms of each lane, and of the lanes from `first` on, if it is not 0, of one
+    more, from a vector that overlaps the last; their sums, and where values lie. `both`: e^b, too.
+    """
     cdef int length
     cdef real lowest[LANES]
     cdef real highest[LANES]
@@ -220,10 +221,13 @@ cdef inline void weigh(int loop, bint both, const real *a, const real *b, npy_in
     copy(extremes + REACH, reach)
     while n > 0:
         length = run_length(n, 1, <real> 0)
-        weigh_run(loop, both, a, b, step_a, step_b, length, first, constants, weights, lowest,
-                  highest, reach, &sums)
+        weigh_run(loop, both, a, b, step_a, step_b, length, 0, constants, weights, lowest, highest,
+                  reach, &sums)
         a, b, n = a + length * step_a, b + length * step_b, n - length
         weights += length * LANES
+    if first:
+        weigh_run(loop, both, a - first, b - first, step_a, step_b, 1, first, constants, weights,
+                  lowest, highest, reach, &sums)
     copy(lowest, extremes + LOWEST)
     copy(highest, extremes + HIGHEST)
     copy(reach, extremes + REACH)
@@ -308,13 +312,17 @@ cdef inline void diverge_run(int loop, bint offset, const real *a, const real *b
 cdef inline void diverge(int loop, bint offset, const real *a, const real *b, npy_intp step_a,
                          npy_intp step_b, int n, int first, const real *weights,
                          const real *constants, real *infinite, LaneSums *into) noexcept nogil:
+    """Add n terms of each lane, and one more as `weigh`."""
     cdef int length
     while n > 0:
         length = run_length(n, 1, <real> 0)
         diverge_run(
-            loop, offset, a, b, step_a, step_b, length, first, weights, constants, infinite, into)
+            loop, offset, a, b, step_a, step_b, length, 0, weights, constants, infinite, into)
         a, b, n = a + length * step_a, b + length * step_b, n - length
         weights += length * LANES
+    if first:
+        diverge_run(loop, offset, a - first, b - first, step_a, step_b, 1, first, weights,
+                    constants, infinite, into)
 
 
 cdef inline bint is_plain(double lowest, double highest, double beta, real of_type) noexcept nogil:
@@ -382,17 +390,21 @@ cdef void diverge_loop(int loop, bint offset, const real *a, const real *b, npy_
                        npy_intp step_b, int n, int first, const real *weights,
                        const real *constants, real *infinite, LaneSums *into) noexcept nogil:
     if loop == Loop.NEAR and offset:
-        diverge(Loop.NEAR, True, a, b, step_a, step_b, n, 0, weights, constants, infinite, into)
+        diverge(Loop.NEAR, True, a, b, step_a, step_b, n, first, weights, constants, infinite, into)
     elif loop == Loop.NEAR:
-        diverge(Loop.NEAR, False, a, b, step_a, step_b, n, 0, weights, constants, infinite, into)
+        diverge(Loop.NEAR, False, a, b, step_a, step_b, n, first, weights, constants,
+                infinite, into)
     elif loop == Loop.PLAIN and offset:
-        diverge(Loop.PLAIN, True, a, b, step_a, step_b, n, 0, weights, constants, infinite, into)
+        diverge(Loop.PLAIN, True, a, b, step_a, step_b, n, first, weights, constants,
+                infinite, into)
     elif loop == Loop.PLAIN:
-        diverge(Loop.PLAIN, False, a, b, step_a, step_b, n, 0, weights, constants, infinite, into)
+        diverge(Loop.PLAIN, False, a, b, step_a, step_b, n, first, weights, constants,
+                infinite, into)
     elif loop == Loop.UNIT:
-        diverge(Loop.UNIT, True, a, b, step_a, step_b, n, 0, weights, constants, infinite, into)
+        diverge(Loop.UNIT, True, a, b, step_a, step_b, n, first, weights, constants, infinite, into)
     elif loop == Loop.EXACT:
-        diverge(Loop.EXACT, True, a, b, step_a, step_b, n, 0, weights, constants, infinite, into)
+        diverge(Loop.EXACT, True, a, b, step_a, step_b, n, first, weights, constants,
+                infinite, into)
     else:
         diverge(Loop.FAR, True, a, b, step_a, step_b, n, first, weights, constants, infinite, into)
 
@@ -430,58 +442,54 @@ cdef void range_of(const real *a, int n, double *lowest, double *highest) noexce
         lowest[0], highest[0] = smaller(least(low), lowest[0]), larger(largest(high), highest[0])
 
 
-cdef inline double value_by_logs(const Weighed *lanes, const real *extremes) noexcept nogil:
-    """E_P[a - b] + log(sum e^b / sum e^a) of a block; 0 where that will not do: P and Q are too
-    close to each other, or e^b out of range."""
-    cdef double weight = across(lanes.weight), value
+cdef inline double far_divergence(const Weighed *lanes, const real *extremes) noexcept nogil:
+    """sum e^a phi(y) of a block for c = E_P[a - b], which makes it e^c sum e^b - sum e^a; 0 where
+    that will not do: P and Q are too close to each other, or e^b out of range."""
+    cdef double weight = across(lanes.weight), square = across(lanes.square) / weight, other
     cdef double limit = offset_limit(extremes[0])
     if not (largest(extremes + HIGHEST) < limit and -least(extremes + LOWEST) < limit):
         return 0
-    value = across(lanes.moment) / weight + log(across(lanes.other) / weight)
-    return value if value > 0.5 + 0.66 * sqrt(across(lanes.square) / weight) else 0
+    other = across(lanes.other) * exp(across(lanes.moment) / weight, 0.0)
+    return other - weight if other > weight * exp(0.5 + 0.66 * sqrt(square), 0.0) else 0
 
 
 cdef inline bint weigh_plainly(const real **x, int n, const real *constants, real *weights,
-                               real *extremes, Weighed *sums, double *value) noexcept nogil:
-    """The weights of a block by the plain loop; False where it will not do. And the value by
-    logarithms, or 0: a first part shows whether P and Q may be that far apart."""
-    cdef int steps = n // LANES, begin = min(steps, 16), first = (LANES - n % LANES) % LANES
-    cdef npy_intp last = n - LANES
+                               real *extremes, Weighed *sums, double *divergence) noexcept nogil:
+    """The weights of a block by the plain loop; False where it will not do. And the divergence of P
+    and Q far apart, or 0: a first part of a long block shows whether they may be."""
+    cdef int steps = n // LANES, begin = 16 if steps > 16 else 0
     cdef double limit = offset_limit(extremes[0])
-    cdef bint both
-    weigh_loop(Loop.PLAIN, True, x[0], x[1], LANES, LANES, begin, 0, constants, weights, extremes,
-               sums)
-    if not largest(extremes + REACH) < limit:
-        return False
-    both = begin == 0 or value_by_logs(sums, extremes) > 0
+    cdef bint both = True
+    if begin:
+        weigh_loop(Loop.PLAIN, True, x[0], x[1], LANES, LANES, begin, 0, constants, weights,
+                   extremes, sums)
+        if not largest(extremes + REACH) < limit:
+            return False
+        both = far_divergence(sums, extremes) > 0
     weigh_loop(Loop.PLAIN, both, x[0] + begin * LANES, x[1] + begin * LANES, LANES, LANES,
-               steps - begin, 0, constants, weights + begin * LANES, extremes, sums)
-    if first:
-        weigh_loop(Loop.PLAIN, both, x[0] + last, x[1] + last, LANES, LANES, 1, first, constants,
-                   weights + steps * LANES, extremes, sums)
-    value[0] = value_by_logs(sums, extremes) if both else 0
+               steps - begin, (LANES - n % LANES) % LANES, constants, weights + begin * LANES,
+               extremes, sums)
+    divergence[0] = far_divergence(sums, extremes) if both else 0
     return largest(extremes + REACH) < limit
 
 
 cdef inline int weigh_block(const real **x, int n, double beta, real *constants, real *weights,
                             real *extremes, Weighed *sums, double *peak,
-                            double *value) noexcept nogil:
-    """The weights of a block, their sums, and its value, where they give it. Returns the loop."""
-    cdef int steps = n // LANES, first = (LANES - n % LANES) % LANES, loop
-    cdef npy_intp last = n - LANES
+                            double *divergence) noexcept nogil:
+    """The weights of a block, their sums, and its divergence, where they give it. Returns the
+    loop."""
+    cdef int loop
     cdef double lowest, highest
-    value[0] = peak[0] = 0
+    divergence[0] = peak[0] = 0
     weigh_nothing(extremes, sums)
-    if beta == 1 and weigh_plainly(x, n, constants, weights, extremes, sums, value):
+    if beta == 1 and weigh_plainly(x, n, constants, weights, extremes, sums, divergence):
         return Loop.PLAIN
     range_of(x[0], n, &lowest, &highest)
     loop = first_loop(lowest, highest, beta, peak, <real> 0)
     fill(&constants[PEAK], <real> peak[0])
     weigh_nothing(extremes, sums)
-    weigh_loop(loop, False, x[0], x[1], LANES, LANES, steps, 0, constants, weights, extremes, sums)
-    if first:
-        weigh_loop(loop, False, x[0] + last, x[1] + last, LANES, LANES, 1, first, constants,
-                   weights + steps * LANES, extremes, sums)
+    weigh_loop(loop, False, x[0], x[1], LANES, LANES, n // LANES, (LANES - n % LANES) % LANES,
+               constants, weights, extremes, sums)
     return loop
 
 
@@ -494,21 +502,20 @@ cdef void categorical_block(const real **x, int n, double beta, Sums *into) noex
     cdef real infinite[LANES]
     cdef LaneSums lanes
     cdef Weighed sums
-    cdef int loop, steps = n // LANES, first = (LANES - n % LANES) % LANES
-    cdef npy_intp last = n - LANES
-    cdef double lowest, highest, lowest_b, highest_b = 0, weight, value
+    cdef int loop
+    cdef double lowest, highest, lowest_b, highest_b = 0, weight, divergence
     cdef bint offset
     fill(&constants[PEAK], <real> 0)
     fill(&constants[BETA], <real> beta)
     fill(&constants[BETA_REST], <real> (beta - <real> beta))
-    loop = weigh_block(x, n, beta, constants, weights, extremes, &sums, &into.peak, &value)
+    loop = weigh_block(x, n, beta, constants, weights, extremes, &sums, &into.peak, &divergence)
     weight, lowest, highest = (
         across(sums.weight), least(extremes + LOWEST), largest(extremes + HIGHEST))
     into.lowest = lowest if loop == Loop.PLAIN else -INFINITY
     into.highest = highest if loop == Loop.PLAIN else <double> INFINITY
-    if value > 0:
+    if divergence > 0:
         into.shift = across(sums.moment) / weight
-        into.weight, into.divergence, into.drift = weight, weight * libm_expm1(value), 0
+        into.weight, into.divergence, into.drift = weight, divergence, 0
         return
     if weight == 0:
         range_of(x[1], n, &lowest_b, &highest_b)
@@ -518,11 +525,8 @@ cdef void categorical_block(const real **x, int n, double beta, Sums *into) noex
     offset = is_offset(into.shift, weight, across(sums.square))
     fill(infinite, <real> 0)
     clear_lanes(&lanes)
-    diverge_loop(
-        loop, offset, x[0], x[1], LANES, LANES, steps, 0, weights, constants, infinite, &lanes)
-    if first:
-        diverge_loop(loop, offset, x[0] + last, x[1] + last, LANES, LANES, 1, first,
-                     weights + steps * LANES, constants, infinite, &lanes)
+    diverge_loop(loop, offset, x[0], x[1], LANES, LANES, n // LANES, (LANES - n % LANES) % LANES,
+                 weights, constants, infinite, &lanes)
     copy(sums.weight, lanes.weight)
     add_lanes(into, &lanes)
     into.doubtful |= loop == Loop.FAR and largest(infinite) > 0
