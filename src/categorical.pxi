@@ -469,8 +469,10 @@ cdef inline bint weigh_plainly(const real **x, int n, const real *constants, rea
     weigh_loop(Loop.PLAIN, both, x[0] + begin * LANES, x[1] + begin * LANES, LANES, LANES,
                steps - begin, (LANES - n % LANES) % LANES, constants, weights + begin * LANES,
                extremes, sums)
+    if not largest(extremes + REACH) < limit:
+        return False
     divergence[0] = far_divergence(sums, extremes) if both else 0
-    return largest(extremes + REACH) < limit
+    return True
 
 
 cdef inline int weigh_block(const real **x, int n, double beta, real *constants, real *weights,

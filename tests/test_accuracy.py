@@ -127,6 +127,17 @@ def test_wide_logits(scale, size, dtype):
     check_logits(a, b, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [150, 700, 3000])
+@pytest.mark.parametrize("peak", [50.0, 100.0, 400.0, 2000.0])
+def test_far_rows_with_peaks_near_their_end(peak, size, dtype):
+    """P and Q agree about one peak, and are far apart at the other."""
+    a, b = 3 * np.random.default_rng(size).normal(size=(2, 5, size))
+    a[:, [-3, -9]] += peak
+    b[:, [-3, -9]] += peak, peak - 8
+    check_logits(a, b, dtype)
+
+
 PARTS = {  # what differs from part to part of a row
     "nothing": lambda a, b, ramp: (a, b),
     "peaks": lambda a, b, ramp: (a + 900 * ramp, b + 900 * ramp),
