@@ -95,7 +95,8 @@ cdef inline void add_terms(const real *p, const real *q, npy_intp step_p, npy_in
 cdef inline void add_steps(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
                            bint scaled, const real *ratios, real *lowest, real *weight,
                            real *divergence, real *excess) noexcept nogil:
-    """Add n terms, at most MOST_STEPS, of each lane, in two sums where one would be too long."""
+    """Add n terms, at most MOST_STEPS, of each lane: one loop up to the quotients, one for their
+    series, in two sums where one would be too long."""
     cdef int half = n if n <= RUN + RUN / 2 else (n + 1) // 2
     cdef real s[MOST_STEPS * LANES]
     cdef real e_ln2[MOST_STEPS * LANES]

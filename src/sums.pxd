@@ -20,7 +20,7 @@ cdef extern from "lanes.h":
         pass
     enum:
         LANES          # rows or elements that are computed side by side
-        STEP_BYTES     # of an operand, whose terms are taken in two loops, one after the other
+        STEP_BYTES     # of an operand that two loops take one after the other
 
 cdef enum:
     BLOCK = 1024       # elements of one row that are summed together
