@@ -78,6 +78,32 @@ MVN_INLINE mvn_vec mvn_fma(mvn_vec x, mvn_vec y, mvn_vec z) {
 #endif
 }
 
+#if MVN_LANES == 8
+/* x^(1/2) and x^(-1/2), right to an ulp: with y near x^(-1/2) and e = 1 - x y^2, |e| < 2^-13, it is
+ * y (1 - e)^(-1/2). A root and a division would take twice as long. NaN unless 0 < x < inf. */
+MVN_INLINE void mvn_roots(mvn_vec x, mvn_vec *root, mvn_vec *inverse) {
+    const mvn_vec one = mvn_ones();
+    mvn_vec y = (mvn_vec)_mm512_rsqrt14_pd((__m512d)x), product = x * y;
+    mvn_vec e = mvn_fma(-product, y, one);
+    mvn_vec more = e * mvn_fma(e, mvn_fma(e, 0.3125 * one, 0.375 * one), 0.5 * one);
+    *root = mvn_fma(product, more, product);
+    *inverse = mvn_fma(y, more, y);
+}
+#endif
+
+/* x, of which the compiler knows nothing more: a product is not fused with a sum, here and not
+ * there, and what is loaded is not loaded again. */
+MVN_INLINE mvn_vec mvn_settled(mvn_vec x) {
+#if MVN_LANES == 8
+    __asm__("" : "+v"(x));
+#elif defined(__x86_64__)
+    __asm__("" : "+x"(x));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(x));
+#endif
+    return x;
+}
+
 /* A vector's elements, x(0) .. x(LANES - 1). */
 #if MVN_LANES == 8
 #define MVN_EVERY(x) {x(0), x(1), x(2), x(3), x(4), x(5), x(6), x(7)}
@@ -106,59 +132,177 @@ MVN_INLINE mvn_vec mvn_spread(const char *at, ptrdiff_t outer, int single) {
     return single ? (mvn_vec)MVN_EVERY(MVN_FLOAT) : (mvn_vec)MVN_EVERY(MVN_DOUBLE);
 }
 
-/* The same of two elements that lie side by side; with AVX in three or four instructions a vector,
- * where a spread takes five. */
-#if defined(__AVX__)
+/* Two, four or eight elements that lie side by side, of LANES items `outer` bytes apart, into as
+ * many vectors. Wide loads and shuffles, as a load takes as long as two to four shuffles. */
+#if MVN_LANES == 8
+/* Eight of one item, four each of two, two each of four. GCC would load a line again for every
+ * shuffle; lines mostly lie across two of the cache's, which takes twice as long. */
+MVN_INLINE __m512d mvn_line(const char *at, int single) {
+    if (single) return _mm512_cvtps_pd(_mm256_loadu_ps((const float *)at));
+    return (__m512d)mvn_settled((mvn_vec)_mm512_loadu_pd((const double *)at));
+}
+MVN_INLINE __m512d mvn_halves(const char *a, const char *b, int single) {
+    if (single) {
+        __m256 low = _mm256_castps128_ps256(_mm_loadu_ps((const float *)a));
+        return _mm512_cvtps_pd(_mm256_insertf128_ps(low, _mm_loadu_ps((const float *)b), 1));
+    }
+    __m512d low = _mm512_castpd256_pd512(_mm256_loadu_pd((const double *)a));
+    return _mm512_insertf64x4(low, _mm256_loadu_pd((const double *)b), 1);
+}
+MVN_INLINE __m512d mvn_quarters(const char *at, ptrdiff_t outer, int single) {
+    const double *a = (const double *)at, *b = (const double *)(at + outer);
+    const double *c = (const double *)(at + 2 * outer), *d = (const double *)(at + 3 * outer);
+    if (single) {
+        __m128d low = _mm_loadh_pd(_mm_load_sd(a), b), high = _mm_loadh_pd(_mm_load_sd(c), d);
+        __m256d all = _mm256_insertf128_pd(_mm256_castpd128_pd256(low), high, 1);
+        return _mm512_cvtps_pd(_mm256_castpd_ps(all));
+    }
+    __m512d all = _mm512_castpd128_pd512(_mm_loadu_pd(a));
+    all = _mm512_insertf64x2(all, _mm_loadu_pd(b), 1);
+    all = _mm512_insertf64x2(all, _mm_loadu_pd(c), 2);
+    return _mm512_insertf64x2(all, _mm_loadu_pd(d), 3);
+}
+MVN_INLINE void mvn_pair(const char *at, ptrdiff_t outer, mvn_vec *x, int single) {
+    __m512d even = mvn_quarters(at, 2 * outer, single);
+    __m512d odd = mvn_quarters(at + outer, 2 * outer, single);
+    x[0] = (mvn_vec)_mm512_unpacklo_pd(even, odd);
+    x[1] = (mvn_vec)_mm512_unpackhi_pd(even, odd);
+}
+MVN_INLINE void mvn_quad(const char *at, ptrdiff_t outer, mvn_vec *x, int single) {
+    __m512d a = mvn_halves(at, at + 2 * outer, single);
+    __m512d b = mvn_halves(at + outer, at + 3 * outer, single);
+    __m512d c = mvn_halves(at + 4 * outer, at + 6 * outer, single);
+    __m512d d = mvn_halves(at + 5 * outer, at + 7 * outer, single);
+    __m512d ab = _mm512_unpacklo_pd(a, b), ab_odd = _mm512_unpackhi_pd(a, b);
+    __m512d cd = _mm512_unpacklo_pd(c, d), cd_odd = _mm512_unpackhi_pd(c, d);
+    x[0] = (mvn_vec)_mm512_shuffle_f64x2(ab, cd, 0x88);
+    x[1] = (mvn_vec)_mm512_shuffle_f64x2(ab_odd, cd_odd, 0x88);
+    x[2] = (mvn_vec)_mm512_shuffle_f64x2(ab, cd, 0xdd);
+    x[3] = (mvn_vec)_mm512_shuffle_f64x2(ab_odd, cd_odd, 0xdd);
+}
+MVN_INLINE void mvn_oct(const char *at, ptrdiff_t outer, mvn_vec *x, int single) {
+    __m512d row[8];
+    MVN_UNROLL for (int i = 0; i < 8; i++) row[i] = mvn_line(at + i * outer, single);
+    MVN_UNROLL for (int odd = 0; odd < 2; odd++) {
+        __m512d a = odd ? _mm512_unpackhi_pd(row[0], row[1]) : _mm512_unpacklo_pd(row[0], row[1]);
+        __m512d b = odd ? _mm512_unpackhi_pd(row[2], row[3]) : _mm512_unpacklo_pd(row[2], row[3]);
+        __m512d c = odd ? _mm512_unpackhi_pd(row[4], row[5]) : _mm512_unpacklo_pd(row[4], row[5]);
+        __m512d d = odd ? _mm512_unpackhi_pd(row[6], row[7]) : _mm512_unpacklo_pd(row[6], row[7]);
+        __m512d ab = _mm512_shuffle_f64x2(a, b, 0x88), ab_high = _mm512_shuffle_f64x2(a, b, 0xdd);
+        __m512d cd = _mm512_shuffle_f64x2(c, d, 0x88), cd_high = _mm512_shuffle_f64x2(c, d, 0xdd);
+        x[odd] = (mvn_vec)_mm512_shuffle_f64x2(ab, cd, 0x88);
+        x[2 + odd] = (mvn_vec)_mm512_shuffle_f64x2(ab_high, cd_high, 0x88);
+        x[4 + odd] = (mvn_vec)_mm512_shuffle_f64x2(ab, cd, 0xdd);
+        x[6 + odd] = (mvn_vec)_mm512_shuffle_f64x2(ab_high, cd_high, 0xdd);
+    }
+}
+/* The same of items of one to four elements, n, with nothing between them. */
+MVN_INLINE void mvn_dense(const char *at, mvn_vec *x, const ptrdiff_t n, int single) {
+    const ptrdiff_t step = MVN_LANES * (single ? sizeof(float) : sizeof(double));
+    const __m512i from_zip = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    __m512d a = mvn_line(at, single), b, c, d;
+    if (n == 1) {
+        x[0] = (mvn_vec)a;
+        return;
+    }
+    b = mvn_line(at + step, single);
+    if (n == 2) {
+        x[0] = (mvn_vec)_mm512_permutexvar_pd(from_zip, _mm512_unpacklo_pd(a, b));
+        x[1] = (mvn_vec)_mm512_permutexvar_pd(from_zip, _mm512_unpackhi_pd(a, b));
+        return;
+    }
+    c = mvn_line(at + 2 * step, single);
+    if (n == 3) {
+        const __m512i order = _mm512_setr_epi64(0, 3, 6, 1, 4, 7, 2, 5);
+        const __m512i one = _mm512_set1_epi64(1);
+        const __m512i second = _mm512_add_epi64(order, one), third = _mm512_add_epi64(second, one);
+        x[0] = (mvn_vec)_mm512_permutexvar_pd(
+            order, _mm512_mask_blend_pd(0x24, _mm512_mask_blend_pd(0x92, a, b), c));
+        x[1] = (mvn_vec)_mm512_permutexvar_pd(
+            second, _mm512_mask_blend_pd(0x49, _mm512_mask_blend_pd(0x24, a, b), c));
+        x[2] = (mvn_vec)_mm512_permutexvar_pd(
+            third, _mm512_mask_blend_pd(0x92, _mm512_mask_blend_pd(0x49, a, b), c));
+        return;
+    }
+    d = mvn_line(at + 3 * step, single);
+    {
+        const __m512i low = _mm512_setr_epi64(0, 4, 1, 5, 8, 12, 9, 13);
+        const __m512i high = _mm512_setr_epi64(2, 6, 3, 7, 10, 14, 11, 15);
+        __m512d ab = _mm512_unpacklo_pd(a, b), ab_odd = _mm512_unpackhi_pd(a, b);
+        __m512d cd = _mm512_unpacklo_pd(c, d), cd_odd = _mm512_unpackhi_pd(c, d);
+        x[0] = (mvn_vec)_mm512_permutex2var_pd(ab, low, cd);
+        x[1] = (mvn_vec)_mm512_permutex2var_pd(ab_odd, low, cd_odd);
+        x[2] = (mvn_vec)_mm512_permutex2var_pd(ab, high, cd);
+        x[3] = (mvn_vec)_mm512_permutex2var_pd(ab_odd, high, cd_odd);
+    }
+}
+#elif MVN_LANES == 4
 MVN_INLINE __m128d mvn_two_floats(const char *at) {
     double both;
     memcpy(&both, at, sizeof both);
     return _mm_set_sd(both);
 }
-MVN_INLINE void mvn_four_pairs(const char *at, ptrdiff_t outer, __m256d *x, int single) {
+MVN_INLINE void mvn_pair(const char *at, ptrdiff_t outer, mvn_vec *x, int single) {
     const char *a = at, *b = at + outer, *c = at + 2 * outer, *d = at + 3 * outer;
     if (single) {
         __m128 low = _mm_castpd_ps(_mm_unpacklo_pd(mvn_two_floats(a), mvn_two_floats(b)));
         __m128 high = _mm_castpd_ps(_mm_unpacklo_pd(mvn_two_floats(c), mvn_two_floats(d)));
-        x[0] = _mm256_cvtps_pd(_mm_shuffle_ps(low, high, 0x88));
-        x[1] = _mm256_cvtps_pd(_mm_shuffle_ps(low, high, 0xdd));
+        x[0] = (mvn_vec)_mm256_cvtps_pd(_mm_shuffle_ps(low, high, 0x88));
+        x[1] = (mvn_vec)_mm256_cvtps_pd(_mm_shuffle_ps(low, high, 0xdd));
     } else {
         __m256d even = _mm256_castpd128_pd256(_mm_loadu_pd((const double *)a));
         __m256d odd = _mm256_castpd128_pd256(_mm_loadu_pd((const double *)b));
         even = _mm256_insertf128_pd(even, _mm_loadu_pd((const double *)c), 1);
         odd = _mm256_insertf128_pd(odd, _mm_loadu_pd((const double *)d), 1);
-        x[0] = _mm256_unpacklo_pd(even, odd);
-        x[1] = _mm256_unpackhi_pd(even, odd);
+        x[0] = (mvn_vec)_mm256_unpacklo_pd(even, odd);
+        x[1] = (mvn_vec)_mm256_unpackhi_pd(even, odd);
     }
 }
-#endif
-MVN_INLINE void mvn_pair(const char *at, ptrdiff_t outer, mvn_vec *x, int single) {
-#if MVN_LANES == 8
-    __m256d low[2], high[2];
-    mvn_four_pairs(at, outer, low, single);
-    mvn_four_pairs(at + 4 * outer, outer, high, single);
-    x[0] = (mvn_vec)_mm512_insertf64x4(_mm512_castpd256_pd512(low[0]), high[0], 1);
-    x[1] = (mvn_vec)_mm512_insertf64x4(_mm512_castpd256_pd512(low[1]), high[1], 1);
-#elif MVN_LANES == 4
-    mvn_four_pairs(at, outer, (__m256d *)x, single);
 #else
+MVN_INLINE void mvn_pair(const char *at, ptrdiff_t outer, mvn_vec *x, int single) {
     x[0] = mvn_spread(at, outer, single);
     x[1] = mvn_spread(at + (single ? sizeof(float) : sizeof(double)), outer, single);
-#endif
 }
+#endif
+#if MVN_LANES < 8
+MVN_INLINE void mvn_quad(const char *at, ptrdiff_t outer, mvn_vec *x, int single) {
+    mvn_pair(at, outer, x, single);
+    mvn_pair(at + 2 * (single ? sizeof(float) : sizeof(double)), outer, x + 2, single);
+}
+MVN_INLINE void mvn_oct(const char *at, ptrdiff_t outer, mvn_vec *x, int single) {
+    mvn_quad(at, outer, x, single);
+    mvn_quad(at + 4 * (single ? sizeof(float) : sizeof(double)), outer, x + 4, single);
+}
+#endif
 
-/* `count` elements `step` bytes apart of LANES arrays, `outer` bytes apart. */
+/* `count` elements `step` bytes apart of LANES arrays, `outer` bytes apart, each of `width`. Where
+ * they lie side by side, neighbours that are not asked for may be loaded along. */
 MVN_INLINE void mvn_read(
-    mvn_vec *into, const char *at, ptrdiff_t outer, ptrdiff_t step, ptrdiff_t count, int single) {
+    mvn_vec *into, const char *at, ptrdiff_t outer, ptrdiff_t step, ptrdiff_t count,
+    ptrdiff_t width, int single) {
     const ptrdiff_t size = single ? sizeof(float) : sizeof(double);
-    if (step == size) {
-        MVN_UNROLL for (ptrdiff_t j = 0; j < count / 2 * 2; j += 2) {
-            mvn_pair(at + j * size, outer, into + j, single);
+    mvn_vec x[8];
+    ptrdiff_t j = 0;
+#if MVN_LANES == 8
+    if (step == size && outer == width * size && width <= 4) {
+        mvn_dense(at, x, width, single);
+        MVN_UNROLL for (; j < count; j++) into[j] = x[j];
+        return;
+    }
+#endif
+    if (step == size && width > 1) {
+        MVN_UNROLL for (; width < 8 && count - j > 2 && j + 4 <= width; j += 4) {
+            mvn_quad(at + j * size, outer, x, single);
+            MVN_UNROLL for (ptrdiff_t c = 0; c < 4 && c < count - j; c++) into[j + c] = x[c];
         }
-        if (count % 2) into[count - 1] = mvn_spread(at + (count - 1) * size, outer, single);
+        MVN_UNROLL for (; j + 1 < count; j += 2) mvn_pair(at + j * size, outer, into + j, single);
+        if (j < count) {
+            ptrdiff_t odd = j > 0;
+            mvn_pair(at + (j - odd) * size, outer, x, single);
+            into[j] = x[odd];
+        }
     } else {
-        MVN_UNROLL for (ptrdiff_t j = 0; j < count; j++) {
-            into[j] = mvn_spread(at + j * step, outer, single);
-        }
+        MVN_UNROLL for (; j < count; j++) into[j] = mvn_spread(at + j * step, outer, single);
     }
 }
 
@@ -212,6 +356,15 @@ static inline int mvn_all_finite(const double *x, ptrdiff_t count) {
 MVN_INLINE mvn_vec mvn_pick(mvn_bits mask, mvn_vec a, mvn_vec b) {
     return (mvn_vec)(((mvn_bits)a & mask) | ((mvn_bits)b & ~mask));
 }
+/* a where x < limit, else b. */
+MVN_INLINE mvn_vec mvn_below(mvn_vec x, double limit, mvn_vec a, mvn_vec b) {
+#if MVN_LANES == 8
+    __mmask8 mask = _mm512_cmp_pd_mask((__m512d)x, _mm512_set1_pd(limit), _CMP_LT_OQ);
+    return (mvn_vec)_mm512_mask_blend_pd(mask, (__m512d)b, (__m512d)a);
+#else
+    return mvn_pick((mvn_bits)(x < limit), a, b);
+#endif
+}
 
 ATANH_TAIL_F64(mvn_atanh_tail, mvn_vec)
 
@@ -231,26 +384,37 @@ static mvn_words mvn_consts[4] __attribute__((used)) = {
  * Where it is small, e = 0 and S - 2s = s T - R, which loses a factor of 7 at most. U is taken as
  * 1 + T where that is right to an ulp of 1. The sign bit of `bad` is set unless
  * 2^-1000 < U < 2^1000. 5e-14 (9e-15 seen). */
-MVN_INLINE mvn_vec mvn_terms(
-    const mvn_vec *t, const mvn_vec *u, const int count, mvn_bits *bad) {
-    mvn_vec sum = t[0], rest = {0}, total = t[0], product = u[0], squares = t[0] * t[0];
+typedef struct { mvn_vec sum, rest, product, squares; } mvn_terms; /* S, R, U, sum t_i^2 */
+
+MVN_INLINE mvn_terms mvn_terms_of(const mvn_vec *t, const mvn_vec *u, const int count) {
+    mvn_terms a = {.sum = t[0], .rest = {0}, .product = u[0], .squares = t[0] * t[0]};
     MVN_UNROLL for (int i = 1; i < count; i++) {
-        rest = mvn_fma(total, t[i], rest);
-        sum += t[i];
-        total = sum + rest;
-        product *= u[i];
-        squares = mvn_fma(t[i], t[i], squares);
+        if (i == 1) a.rest = mvn_settled(t[0] * t[1]);
+        else a.rest = mvn_fma(a.sum + a.rest, t[i], a.rest);
+        a.sum += t[i];
+        a.product *= u[i];
+        a.squares = mvn_fma(t[i], t[i], a.squares);
     }
-    mvn_bits moderate = (mvn_bits)(squares < 0.25), small = (mvn_bits)(squares < 0.019);
-    mvn_vec ratio = mvn_pick(moderate, 1.0 + total, product);
+    return a;
+}
+MVN_INLINE mvn_vec mvn_minus_log(const mvn_terms *a, mvn_bits *bad) {
+    mvn_vec total = a->sum + a->rest;
+    mvn_vec ratio = mvn_below(a->squares, 0.25, 1.0 + total, a->product);
     mvn_words shift = mvn_consts[0] - (mvn_words)ratio; /* its upper 12 bits: e, as in vecmath.h */
+    mvn_words power = shift & mvn_consts[3];
+#if MVN_LANES == 8
+    const double unit = 0x1p52;
+    mvn_vec e = (mvn_vec)_mm512_cvtepi64_pd((__m512i)power);
+#else
+    const double unit = 1.0;
     mvn_words field = (shift ^ mvn_consts[1]) >> 52;
     mvn_vec e = (mvn_vec)(field | mvn_consts[2]) - (0x1p52 + 2048.0);
-    mvn_vec matched = (mvn_vec)((mvn_words)ratio + (shift & mvn_consts[3]));
-    mvn_vec s = mvn_pick(small, total, matched - 1.0) / (matched + 1.0);
-    mvn_vec near = s * total - rest, far = (sum - 2.0 * s) + e * 0.6931471805599453;
-    *bad |= (mvn_bits)(1e6 - e * e);
-    return mvn_pick(small, near, far) - mvn_atanh_tail(s);
+#endif
+    mvn_vec matched = (mvn_vec)((mvn_words)ratio + power);
+    mvn_vec s = mvn_below(a->squares, 0.019, total, matched - 1.0) / (matched + 1.0);
+    mvn_vec near = s * total - a->rest, far = (a->sum - 2.0 * s) + e * (0.6931471805599453 / unit);
+    *bad |= (mvn_bits)(1e6 * unit * unit - e * e);
+    return mvn_below(a->squares, 0.019, near, far) - mvn_atanh_tail(s);
 }
 
 /* ---- small ----------------------------------------------------------------------------------- */
@@ -258,6 +422,9 @@ MVN_INLINE mvn_vec mvn_terms(
 /* Up to SMALL rows: a kernel for each number of rows, in which all loops over rows are unrolled.
  * LANES items side by side are a group, lower triangles are packed. */
 #define MVN_SMALL 8
+/* Rows up to which covariances have longer code that waits less. With AVX-512 that of 4 rows takes
+ * twice as long in some copies of the same file. */
+#define MVN_SHORT (MVN_LANES == 8 ? 3 : 5)
 #define MVN_SMALL_TRIANGLE (MVN_SMALL * (MVN_SMALL + 1) / 2)
 
 typedef struct {            /* one distribution of every item: addresses, and strides in bytes */
@@ -301,12 +468,18 @@ MVN_INLINE void mvn_small_eliminate(
     MVN_EACH(j, 0, i) {
         scaled[j] = row[j] * inverse[j];
         row[i] -= row[j] * scaled[j];
-        row[j] *= reciprocal[j];
+        row[j] = mvn_settled(row[j] * reciprocal[j]);
     }
+    if (i < n - 1) inverse[i] = 1.0 / row[i];
+#if MVN_LANES == 8
+    if (n <= MVN_SHORT) {
+        mvn_roots(row[i], row + i, reciprocal + i);
+        return;
+    }
+#endif
     if (i < n - 1) {
-        inverse[i] = 1.0 / row[i];
         reciprocal[i] = mvn_sqrt(inverse[i]);
-        row[i] *= reciprocal[i];
+        row[i] = mvn_settled(row[i] * reciprocal[i]);
     } else {
         row[i] = mvn_sqrt(row[i]);
         if (solved) reciprocal[i] = 1.0 / row[i];
@@ -321,10 +494,27 @@ MVN_INLINE int mvn_by_rows(const mvn_side *s) { return !s->covariance && !s->sha
  * of 0. `solved`: systems are, with the factor. */
 MVN_INLINE void mvn_small_row(
     const mvn_side *s, ptrdiff_t item, int solved, mvn_small_factor *factor, const int i,
-    const int single) {
+    const int n, const int single) {
     const char *at = s->matrix + item * s->matrix_outer + i * s->row;
     mvn_vec *row = factor->l + MVN_TRIANGLE(i, 0);
-    mvn_read(row, at, s->matrix_outer, s->column, i + 1, single);
+    const ptrdiff_t size = single ? sizeof(float) : sizeof(double);
+    if (n * n <= MVN_LANES + 1 && s->column == size && s->row == n * size) {
+        /* The whole matrix at once. */
+        mvn_vec all[10];
+        if (i == 0) {
+            if (n == 3) {
+                mvn_oct(at, s->matrix_outer, all, single);
+                mvn_pair(at + 7 * size, s->matrix_outer, all + 7, single);
+            } else {
+                mvn_read(all, at, s->matrix_outer, size, n * n, n * n, single);
+            }
+            MVN_EACH(r, 0, n) {
+                MVN_EACH(c, 0, r + 1) factor->l[MVN_TRIANGLE(r, c)] = all[r * n + c];
+            }
+        }
+    } else {
+        mvn_read(row, at, s->matrix_outer, s->column, i + 1, n, single);
+    }
     if (solved) factor->reciprocal[i] = 1.0 / row[i];
 }
 
@@ -335,17 +525,17 @@ MVN_INLINE void mvn_small_load(
     if (s->covariance) {
         MVN_EACH(i, 0, n) {
             mvn_vec *row = factor->l + MVN_TRIANGLE(i, 0);
-            mvn_small_row(s, item, 0, factor, i, single);
+            mvn_small_row(s, item, 0, factor, i, n, single);
             mvn_small_eliminate(row, unit, inverse, factor->reciprocal, solved, i, n);
         }
     } else {
-        MVN_EACH(i, 0, n) mvn_small_row(s, item, solved, factor, i, single);
+        MVN_EACH(i, 0, n) mvn_small_row(s, item, solved, factor, i, n, single);
     }
 }
 
 MVN_INLINE void mvn_small_loc(
     const mvn_side *s, ptrdiff_t item, mvn_vec *loc, const int n, const int single) {
-    mvn_read(loc, s->loc + item * s->loc_outer, s->loc_outer, s->loc_inner, n, single);
+    mvn_read(loc, s->loc + item * s->loc_outer, s->loc_outer, s->loc_inner, n, n, single);
 }
 
 /* Row i of [z | Y] = L_q^-1 ([mu_p | L_p] - [mu_q | L_q]) from the rows above and its own z, not
@@ -358,19 +548,23 @@ MVN_INLINE void mvn_small_whiten(
         MVN_EACH(j, 0, k + 2) y[i][j] -= q[k] * y[k][j];
     }
     MVN_EACH(j, 0, i + 2) {
+        const int first = j < 4 && (i == 0 || j == i + 1);
         y[i][j] *= reciprocal;
-        total[j % 4] = mvn_fma(y[i][j], y[i][j], total[j % 4]);
+        if (first) total[j % 4] = mvn_settled(y[i][j] * y[i][j]);
+        else total[j % 4] = mvn_fma(y[i][j], y[i][j], total[j % 4]);
     }
 }
 
-/* The divergences of a group, NaN where other formulas may know more; `q` is NULL for N(0, I).
- * `fresh`: shared factors have not been loaded yet. */
-MVN_INLINE mvn_vec mvn_small_group(
+/* What the divergences of a group are sums of; `bad` is negative where it is. */
+typedef struct { mvn_vec squares; mvn_bits bad; mvn_terms terms[2]; } mvn_small_sums;
+
+/* Those of a group; `q` is NULL for N(0, I). `fresh`: shared factors have not been loaded yet. */
+MVN_INLINE void mvn_small_group(
     const mvn_side *p, const mvn_side *q, ptrdiff_t item, mvn_small_factor *a,
-    mvn_small_factor *b, int fresh, const int n, const int single) {
+    mvn_small_factor *b, int fresh, mvn_small_sums *sums, const int n, const int single) {
     const int rows_p = mvn_by_rows(p), rows_q = q && mvn_by_rows(q);
     mvn_vec y[MVN_SMALL][MVN_SMALL + 1], z[MVN_SMALL], other[MVN_SMALL], total[4] = {{0}};
-    mvn_vec t[MVN_SMALL], u[MVN_SMALL], kl;
+    mvn_vec t[MVN_SMALL], u[MVN_SMALL];
     mvn_bits bad = {0};
     if (!rows_p && (fresh || !p->shared)) mvn_small_load(p, item, 0, a, n, single);
     if (q && !rows_q && (fresh || !q->shared)) mvn_small_load(q, item, 1, b, n, single);
@@ -379,7 +573,7 @@ MVN_INLINE mvn_vec mvn_small_group(
         MVN_EACH(i, 0, n) {
             const mvn_vec *row = a->l + MVN_TRIANGLE(i, 0);
             mvn_prefetch_group(p, item, i, 1, n, single);
-            if (rows_p) mvn_small_row(p, item, 0, a, i, single);
+            if (rows_p) mvn_small_row(p, item, 0, a, i, n, single);
             u[i] = row[i];
             t[i] = u[i] - 1.0;
             bad |= (mvn_bits)u[i];
@@ -394,8 +588,8 @@ MVN_INLINE mvn_vec mvn_small_group(
             const mvn_vec *reciprocal = b->reciprocal + i;
             mvn_prefetch_group(p, item, i, 1, n, single);
             mvn_prefetch_group(q, item, i, 1, n, single);
-            if (rows_p) mvn_small_row(p, item, 0, a, i, single);
-            if (rows_q) mvn_small_row(q, item, 1, b, i, single);
+            if (rows_p) mvn_small_row(p, item, 0, a, i, n, single);
+            if (rows_q) mvn_small_row(q, item, 1, b, i, n, single);
             y[i][0] = z[i] - other[i];
             mvn_small_whiten(row_p, row_q, *reciprocal, y, total, i);
             t[i] = y[i][i + 1];
@@ -403,60 +597,121 @@ MVN_INLINE mvn_vec mvn_small_group(
             bad |= (mvn_bits)row_p[i] | (mvn_bits)*reciprocal;
         }
     }
-    kl = 0.5 * ((total[0] + total[1]) + (total[2] + total[3]));
-    kl += mvn_terms(t, u, n < 4 ? n : 4, &bad);
-    if (n > 4) kl += mvn_terms(t + 4, u + 4, n - 4, &bad);
+    sums->squares = (total[0] + total[1]) + (total[2] + total[3]);
+    sums->bad = bad;
+    sums->terms[0] = mvn_terms_of(t, u, n < 4 ? n : 4);
+    if (n > 4) sums->terms[1] = mvn_terms_of(t + 4, u + 4, n - 4);
+}
+
+/* The divergences of a group, NaN where other formulas may know more. */
+MVN_INLINE mvn_vec mvn_small_divergences(const mvn_small_sums *sums, const int n) {
+    mvn_bits bad = sums->bad;
+    mvn_vec kl = mvn_fma(sums->squares, 0.5 * mvn_ones(), mvn_minus_log(&sums->terms[0], &bad));
+    if (n > 4) kl += mvn_minus_log(&sums->terms[1], &bad);
     return (mvn_vec)((mvn_bits)kl | (bad < 0)); /* all bits set: NaN */
 }
 
-/* `groups` groups from item `first` on. */
-MVN_INLINE void mvn_small_each(
-    const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups, mvn_small_factor *a,
-    mvn_small_factor *b, int fresh, double *kl, const int n, const int single) {
-    for (ptrdiff_t group = 0; group < groups; group++) {
-        *(mvn_loose *)(kl + group * MVN_LANES) = mvn_small_group(
-            p, q, first + group * MVN_LANES, a, b, fresh && group == 0, n, single);
+/* Where divergences go, `outer` bytes apart. */
+typedef struct { char *at; ptrdiff_t outer; } mvn_out;
+
+MVN_INLINE void mvn_write(const mvn_out *out, ptrdiff_t item, mvn_vec kl, int single) {
+    char *at = out->at + item * out->outer;
+    if (out->outer == sizeof(double) && !single) {
+        *(mvn_loose *)at = kl;
+        return;
+    }
+#if MVN_LANES == 8
+    if (out->outer == sizeof(float) && single) {
+        _mm256_storeu_ps((float *)at, _mm512_cvtpd_ps((__m512d)kl));
+        return;
+    }
+#endif
+    for (int lane = 0; lane < MVN_LANES; lane++, at += out->outer) {
+        if (single) *(float *)at = (float)kl[lane];
+        else *(double *)at = kl[lane];
     }
 }
 
-/* A side whose items are factors that lie one after the other, without gaps. */
-MVN_INLINE mvn_side mvn_packed(const mvn_side *s, ptrdiff_t n, int single) {
+/* `groups` groups from item `first` on; whether all is finite. Logarithms wait for all that is
+ * before them: those of a group are taken after the next has begun, so that its loads and divisions
+ * fill the time. */
+MVN_INLINE int mvn_small_each(
+    const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups, mvn_small_factor *a,
+    mvn_small_factor *b, int fresh, const mvn_out *out, const int n, const int single) {
+    mvn_small_sums sums[2];
+    mvn_vec zeros = {0};
+    for (ptrdiff_t group = 0; group <= groups; group++) {
+        if (group < groups) {
+            mvn_small_group(p, q, first + group * MVN_LANES, a, b, fresh && group == 0,
+                            sums + group % 2, n, single);
+        }
+        if (group > 0) {
+            mvn_vec kl = mvn_small_divergences(sums + (group - 1) % 2, n);
+            mvn_write(out, first + (group - 1) * MVN_LANES, kl, single);
+            zeros = mvn_fma(kl, (mvn_vec){0}, zeros);
+        }
+    }
+    return mvn_all_finite((const double *)&zeros, MVN_LANES);
+}
+
+/* A side whose items are matrices that lie one after the other, without gaps. */
+MVN_INLINE mvn_side mvn_packed(const mvn_side *s, int covariance, ptrdiff_t n, int single) {
     const ptrdiff_t size = single ? sizeof(float) : sizeof(double);
     return (mvn_side){
         .loc = s->loc, .loc_outer = n * size, .loc_inner = size, .matrix = s->matrix,
-        .matrix_outer = n * n * size, .row = n * size, .column = size};
+        .matrix_outer = n * n * size, .row = n * size, .column = size, .covariance = covariance};
 }
 
-MVN_INLINE int mvn_same(const mvn_side *a, const mvn_side *b) { return !memcmp(a, b, sizeof *a); }
-
-/* The same, with all strides known beforehand where both sides are packed: of what is executed
- * otherwise, a third is the arithmetic of addresses. */
-MVN_INLINE void mvn_small_groups(
-    const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups, mvn_small_factor *a,
-    mvn_small_factor *b, int fresh, double *kl, const int n, const int single) {
-    const mvn_side packed_p = mvn_packed(p, n, single), packed_q = mvn_packed(q ? q : p, n, single);
-    if (q && mvn_same(p, &packed_p) && mvn_same(q, &packed_q)) {
-        mvn_small_factor rows_p, rows_q;
-        mvn_small_each(&packed_p, &packed_q, first, groups, &rows_p, &rows_q, 1, kl, n, single);
-    } else {
-        mvn_small_each(p, q, first, groups, a, b, fresh, kl, n, single);
+/* The same with all strides known beforehand: of what is executed otherwise, a third is the
+ * arithmetic of addresses. */
+MVN_INLINE int mvn_is_packed(const mvn_side *s, int covariance, ptrdiff_t n, int single) {
+    mvn_side packed = mvn_packed(s, covariance, n, single);
+    if (n == 1) { /* never used, and NumPy may give any */
+        packed.loc_inner = s->loc_inner;
+        packed.row = s->row;
+        packed.column = s->column;
     }
+    return !memcmp(s, &packed, sizeof packed);
+}
+MVN_INLINE int mvn_small_packed(
+    const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups, const mvn_out *out,
+    int covariance, const int n, const int single) {
+    const mvn_side packed_p = mvn_packed(p, covariance, n, single);
+    const mvn_side packed_q = mvn_packed(q ? q : p, covariance, n, single);
+    mvn_small_factor a, b;
+    return mvn_small_each(
+        &packed_p, q ? &packed_q : NULL, first, groups, &a, &b, 1, out, n, single);
+}
+MVN_INLINE int mvn_small_groups(
+    const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups, mvn_small_factor *a,
+    mvn_small_factor *b, int fresh, const mvn_out *out, const int n, const int single) {
+    if (mvn_is_packed(p, 0, n, single)) {
+        if (!q) return mvn_small_packed(p, NULL, first, groups, out, 0, n, single);
+        if (mvn_is_packed(q, 0, n, single)) {
+            return mvn_small_packed(p, q, first, groups, out, 0, n, single);
+        }
+    } else if (n <= MVN_SHORT && q && mvn_is_packed(p, 1, n, single)
+               && mvn_is_packed(q, 1, n, single)) {
+        return mvn_small_packed(p, q, first, groups, out, 1, n, single);
+    }
+    return mvn_small_each(p, q, first, groups, a, b, fresh, out, n, single);
 }
 
 #define MVN_SMALL_CASE(n, single) case n: \
-    mvn_small_groups(p, q, first, groups, a, b, fresh, kl, n, single); break;
+    return mvn_small_groups(p, q, first, groups, a, b, fresh, &out, n, single);
 #define MVN_SMALL_CASES(single) switch (n) { \
     MVN_SMALL_CASE(1, single) MVN_SMALL_CASE(2, single) MVN_SMALL_CASE(3, single) \
     MVN_SMALL_CASE(4, single) MVN_SMALL_CASE(5, single) MVN_SMALL_CASE(6, single) \
-    MVN_SMALL_CASE(7, single) MVN_SMALL_CASE(8, single) }
-static void mvn_small_f32(
+    MVN_SMALL_CASE(7, single) MVN_SMALL_CASE(8, single) } \
+    return 0;
+static int mvn_small_f32(
     const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups,
-    mvn_small_factor *a, mvn_small_factor *b, int fresh, double *kl, ptrdiff_t n) {
+    mvn_small_factor *a, mvn_small_factor *b, int fresh, mvn_out out, ptrdiff_t n) {
     MVN_SMALL_CASES(1)
 }
-static void mvn_small_f64(
+static int mvn_small_f64(
     const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups,
-    mvn_small_factor *a, mvn_small_factor *b, int fresh, double *kl, ptrdiff_t n) {
+    mvn_small_factor *a, mvn_small_factor *b, int fresh, mvn_out out, ptrdiff_t n) {
     MVN_SMALL_CASES(0)
 }
 
@@ -618,8 +873,10 @@ MVN_INLINE void mvn_lanes_sum(
         u[i] = x[i] * reciprocal[i];
         bad |= (mvn_bits)x[i] | (mvn_bits)reciprocal[i];
     }
-    for (ptrdiff_t i = 0; i + 4 <= n; i += 4) sum += mvn_terms(t + i, u + i, 4, &bad);
-    if (n % 4) sum += mvn_terms(t + n - 2, u + n - 2, 2, &bad);
+    for (ptrdiff_t i = 0; i < n; i += 4) {
+        mvn_terms terms = mvn_terms_of(t + i, u + i, n - i < 4 ? 2 : 4);
+        sum += mvn_minus_log(&terms, &bad);
+    }
     *(mvn_loose *)kl = (mvn_vec)((mvn_bits)sum | (bad < 0)); /* all bits set: NaN */
 }
 
@@ -676,11 +933,12 @@ MVN_INLINE void mvn_lanes_divergences(
 MVN_INLINE void mvn_lanes_group(
     const mvn_lanes *a, const mvn_side *p, const mvn_side *q, ptrdiff_t item, int load_p,
     int load_q, ptrdiff_t stride, ptrdiff_t n, double *kl, int single) {
-    const mvn_side packed_p = mvn_packed(p, n, single), packed_q = mvn_packed(q ? q : p, n, single);
+    const mvn_side packed_p = mvn_packed(p, 0, n, single);
+    const mvn_side packed_q = mvn_packed(q ? q : p, 0, n, single);
     const mvn_side *all_p = &packed_p, *all_q = &packed_q;
-    if (q && mvn_same(p, all_p) && mvn_same(q, all_q)) {
+    if (q && mvn_is_packed(p, 0, n, single) && mvn_is_packed(q, 0, n, single)) {
         if (n == 16) { /* often met: with the bounds of loops known, too */
-            const mvn_side p_16 = mvn_packed(p, 16, single), q_16 = mvn_packed(q, 16, single);
+            const mvn_side p_16 = mvn_packed(p, 0, 16, single), q_16 = mvn_packed(q, 0, 16, single);
             mvn_lanes_divergences(a, &p_16, &q_16, item, 1, 1, MVN_STRIDE(16), 16, kl, single);
         } else {
             mvn_lanes_divergences(a, all_p, all_q, item, 1, 1, stride, n, kl, single);

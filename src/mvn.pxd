@@ -53,12 +53,15 @@ cdef extern from "mvn.h" nogil:
         bint shared
     ctypedef struct SmallFactor "mvn_small_factor":
         pass
-    void small_f32 "mvn_small_f32"(
+    ctypedef struct Out "mvn_out":
+        char *at
+        npy_intp outer
+    bint small_f32 "mvn_small_f32"(
         const Side *p, const Side *q, npy_intp first, npy_intp groups,
-        SmallFactor *a, SmallFactor *b, bint fresh, double *kl, npy_intp n)
-    void small_f64 "mvn_small_f64"(
+        SmallFactor *a, SmallFactor *b, bint fresh, Out out, npy_intp n)
+    bint small_f64 "mvn_small_f64"(
         const Side *p, const Side *q, npy_intp first, npy_intp groups,
-        SmallFactor *a, SmallFactor *b, bint fresh, double *kl, npy_intp n)
+        SmallFactor *a, SmallFactor *b, bint fresh, Out out, npy_intp n)
     bint all_finite "mvn_all_finite"(const double *x, npy_intp count)
     ctypedef struct Lanes "mvn_lanes":
         vec *p
@@ -118,7 +121,6 @@ cdef extern from "mvn.h" nogil:
 # An item's bits do not depend on its neighbours: its size and numbers alone choose the formulas.
 cdef enum:
     MOST_LANES = 8
-    MOST_GROUPS = 16  # of small matrices between two looks at what they gave
     MOST_ROWS = 32
     MOST_TOGETHER = 8  # panels that are solved together
     BLOCK = 8          # least panels of a covariance that threads share before they are factorised
@@ -203,25 +205,10 @@ cdef inline bint improper(const double *x, const double *y, npy_intp step,
     return False
 
 
-# ---- small: a kernel for each number of rows up to SMALL --------------------------------------
-
+# Results that are not finite are to be computed once more, alone: either the item is bad, or its
+# numbers are out of the range of the formulas for lanes.
 cdef enum:
-    ALONE = 4  # status bit: results that are not finite are to be computed once more, alone
-
-
-cdef inline int put(const Batch *batch, npy_intp first, npy_intp count, const double *kl,
-                    bint standard_q, real type_tag) noexcept nogil:
-    """Write results of items side by side; where one is not finite, either the item is bad, or its
-    numbers are out of the range of the formulas for lanes."""
-    cdef char *out = batch.operands[2 if standard_q else 4]
-    cdef npy_intp outer = batch.outer[2 if standard_q else 4], i
-    if outer == sizeof(real):
-        for i in range(count):
-            (<real *> out)[first + i] = <real> kl[i]
-    else:
-        for i in range(count):
-            (<real *> (out + (first + i) * outer))[0] = <real> kl[i]
-    return 0 if all_finite(kl, count) else <int> ALONE
+    ALONE = 4  # status bit
 
 
 cdef inline Side alone(const Side *s, npy_intp item) noexcept nogil:
@@ -233,40 +220,52 @@ cdef inline Side alone(const Side *s, npy_intp item) noexcept nogil:
     return one
 
 
-cdef inline void small_groups(const Side *p, const Side *q, npy_intp first, npy_intp groups,
-                              SmallFactor *a, SmallFactor *b, bint fresh, double *kl, npy_intp n,
-                              real type_tag) noexcept nogil:
+# ---- small: a kernel for each number of rows up to SMALL --------------------------------------
+
+cdef inline int small_groups(const Side *p, const Side *q, npy_intp first, npy_intp groups,
+                             SmallFactor *a, SmallFactor *b, bint fresh, Out out, npy_intp n,
+                             real type_tag) noexcept nogil:
     if real is float:
-        small_f32(p, q, first, groups, a, b, fresh, kl, n)
+        return 0 if small_f32(p, q, first, groups, a, b, fresh, out, n) else <int> ALONE
     else:
-        small_f64(p, q, first, groups, a, b, fresh, kl, n)
+        return 0 if small_f64(p, q, first, groups, a, b, fresh, out, n) else <int> ALONE
 
 
 cdef inline int small_rows(const Batch *batch, npy_intp first, npy_intp last, const Side *p,
                            const Side *q, npy_intp n, real type_tag) noexcept nogil:
     cdef SmallFactor a, b
     cdef Side one_p, one_q
-    cdef double kl[MOST_GROUPS * MOST_LANES]
-    cdef npy_intp item = first, groups
+    cdef Out out
+    cdef npy_intp output = 2 if q == NULL else 4, groups = (last - first) // LANES, item
     cdef int status = 0
-    if last - first < LANES:
+    out.at, out.outer = batch.operands[output], batch.outer[output]
+    if groups == 0:
+        out.outer = 0  # every lane's result to one place
         for item in range(first, last):
+            out.at = batch.operands[output] + item * batch.outer[output]
             one_p = alone(p, item)
             if q != NULL:
                 one_q = alone(q, item)
-            small_groups(&one_p, NULL if q == NULL else &one_q, 0, 1, &a, &b, True, kl, n, type_tag)
-            status |= put(batch, item, 1, kl, q == NULL, type_tag)
+            status |= small_groups(&one_p, NULL if q == NULL else &one_q, 0, 1, &a, &b, True, out,
+                                   n, type_tag)
         return status
-    while item < last:
-        item = min(item, last - LANES)  # the last group overlaps the one before
-        groups = min(<npy_intp> MOST_GROUPS, (last - item) // LANES)
-        small_groups(p, q, item, groups, &a, &b, item == first, kl, n, type_tag)
-        status |= put(batch, item, groups * LANES, kl, q == NULL, type_tag)
-        item += groups * LANES
+    status = small_groups(p, q, first, groups, &a, &b, True, out, n, type_tag)
+    if first + groups * LANES < last:  # the last group overlaps the one before
+        status |= small_groups(p, q, last - LANES, 1, &a, &b, False, out, n, type_tag)
     return status
 
 
 # ---- lanes: matrices of up to LANES_LIMIT rows, LANES items side by side ----------------------
+
+cdef inline int put(const Batch *batch, npy_intp first, npy_intp count, const double *kl,
+                    bint standard_q, real type_tag) noexcept nogil:
+    """Write results of items side by side."""
+    cdef char *out = batch.operands[2 if standard_q else 4]
+    cdef npy_intp outer = batch.outer[2 if standard_q else 4], i
+    for i in range(count):
+        (<real *> (out + (first + i) * outer))[0] = <real> kl[i]
+    return 0 if all_finite(kl, count) else <int> ALONE
+
 
 cdef inline void lanes_group(const Lanes *a, const Side *p, const Side *q, npy_intp item,
                              bint fresh, npy_intp stride, npy_intp n, double *kl,
