@@ -639,7 +639,8 @@ MVN_INLINE int mvn_small_each(
     const mvn_side *p, const mvn_side *q, ptrdiff_t first, ptrdiff_t groups, mvn_small_factor *a,
     mvn_small_factor *b, int fresh, const mvn_out *out, const int n, const int single) {
     mvn_small_sums sums[2];
-    mvn_vec zeros = {0};
+    mvn_words carried = {0}; /* as in mvn_all_finite */
+    uint64_t any = 0;
     for (ptrdiff_t group = 0; group <= groups; group++) {
         if (group < groups) {
             mvn_small_group(p, q, first + group * MVN_LANES, a, b, fresh && group == 0,
@@ -648,10 +649,11 @@ MVN_INLINE int mvn_small_each(
         if (group > 0) {
             mvn_vec kl = mvn_small_divergences(sums + (group - 1) % 2, n);
             mvn_write(out, first + (group - 1) * MVN_LANES, kl, single);
-            zeros = mvn_fma(kl, (mvn_vec){0}, zeros);
+            carried |= ((mvn_words)kl & (uint64_t)0x7ff << 52) + ((uint64_t)1 << 52);
         }
     }
-    return mvn_all_finite((const double *)&zeros, MVN_LANES);
+    for (int lane = 0; lane < MVN_LANES; lane++) any |= carried[lane];
+    return !(any >> 63);
 }
 
 /* A side whose items are matrices that lie one after the other, without gaps. */
