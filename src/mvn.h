@@ -134,6 +134,11 @@ MVN_INLINE mvn_vec mvn_spread(const char *at, ptrdiff_t outer, int single) {
 
 /* Two, four or eight elements that lie side by side, of LANES items `outer` bytes apart, into as
  * many vectors. Wide loads and shuffles, as a load takes as long as two to four shuffles. */
+#if MVN_LANES >= 4
+MVN_INLINE __m128 mvn_four_floats(const char *a, const char *b) { /* two and two */
+    return _mm_loadh_pi(_mm_loadl_pi(_mm_setzero_ps(), (const __m64 *)a), (const __m64 *)b);
+}
+#endif
 #if MVN_LANES == 8
 /* Eight of one item, four each of two, two each of four. GCC would load a line again for every
  * shuffle; lines mostly lie across two of the cache's, which takes twice as long. */
@@ -150,17 +155,15 @@ MVN_INLINE __m512d mvn_halves(const char *a, const char *b, int single) {
     return _mm512_insertf64x4(low, _mm256_loadu_pd((const double *)b), 1);
 }
 MVN_INLINE __m512d mvn_quarters(const char *at, ptrdiff_t outer, int single) {
-    const double *a = (const double *)at, *b = (const double *)(at + outer);
-    const double *c = (const double *)(at + 2 * outer), *d = (const double *)(at + 3 * outer);
+    const char *a = at, *b = at + outer, *c = at + 2 * outer, *d = at + 3 * outer;
     if (single) {
-        __m128d low = _mm_loadh_pd(_mm_load_sd(a), b), high = _mm_loadh_pd(_mm_load_sd(c), d);
-        __m256d all = _mm256_insertf128_pd(_mm256_castpd128_pd256(low), high, 1);
-        return _mm512_cvtps_pd(_mm256_castpd_ps(all));
+        __m256 low = _mm256_castps128_ps256(mvn_four_floats(a, b));
+        return _mm512_cvtps_pd(_mm256_insertf128_ps(low, mvn_four_floats(c, d), 1));
     }
-    __m512d all = _mm512_castpd128_pd512(_mm_loadu_pd(a));
-    all = _mm512_insertf64x2(all, _mm_loadu_pd(b), 1);
-    all = _mm512_insertf64x2(all, _mm_loadu_pd(c), 2);
-    return _mm512_insertf64x2(all, _mm_loadu_pd(d), 3);
+    __m512d all = _mm512_castpd128_pd512(_mm_loadu_pd((const double *)a));
+    all = _mm512_insertf64x2(all, _mm_loadu_pd((const double *)b), 1);
+    all = _mm512_insertf64x2(all, _mm_loadu_pd((const double *)c), 2);
+    return _mm512_insertf64x2(all, _mm_loadu_pd((const double *)d), 3);
 }
 MVN_INLINE void mvn_pair(const char *at, ptrdiff_t outer, mvn_vec *x, int single) {
     __m512d even = mvn_quarters(at, 2 * outer, single);
@@ -237,16 +240,10 @@ MVN_INLINE void mvn_dense(const char *at, mvn_vec *x, const ptrdiff_t n, int sin
     }
 }
 #elif MVN_LANES == 4
-MVN_INLINE __m128d mvn_two_floats(const char *at) {
-    double both;
-    memcpy(&both, at, sizeof both);
-    return _mm_set_sd(both);
-}
 MVN_INLINE void mvn_pair(const char *at, ptrdiff_t outer, mvn_vec *x, int single) {
     const char *a = at, *b = at + outer, *c = at + 2 * outer, *d = at + 3 * outer;
     if (single) {
-        __m128 low = _mm_castpd_ps(_mm_unpacklo_pd(mvn_two_floats(a), mvn_two_floats(b)));
-        __m128 high = _mm_castpd_ps(_mm_unpacklo_pd(mvn_two_floats(c), mvn_two_floats(d)));
+        __m128 low = mvn_four_floats(a, b), high = mvn_four_floats(c, d);
         x[0] = (mvn_vec)_mm256_cvtps_pd(_mm_shuffle_ps(low, high, 0x88));
         x[1] = (mvn_vec)_mm256_cvtps_pd(_mm_shuffle_ps(low, high, 0xdd));
     } else {
