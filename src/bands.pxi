@@ -1,8 +1,8 @@
 """LANES rows side by side, in bands of a few such groups: short rows, and rows whose elements lie
 further apart than the rows do.
 
-Rows are columns here: in place, or in a buffer, to which rows are transposed, lines of neighbouring
-columns copied, and all else gathered and converted. A row's bits do not depend on its neighbours,
+Rows are columns here: in place, or in a buffer, to which rows are transposed, lines of columns that
+are read twice copied, and all else gathered and converted. A row's bits do not depend on its neighbours,
 those of a short one not on how it lies either.
 """
 
@@ -101,9 +101,9 @@ cdef inline int strip_length(const Rows *rows, npy_intp start) noexcept nogil:
 
 cdef void load_lines(const Rows *rows, npy_intp start, int n, real *buffer, const real **x,
                      npy_intp *step) noexcept nogil:
-    """Copies: lines of the cache a power of two apart evict each other. Those of all operands in
-    turn, each asked for some rows ahead: processors do not foresee the way from row to row. 0.50 to
-    0.60 of the speed of rows, for logits of 1000 x 4096."""
+    """Copies, of what is read twice: lines of the cache a power of two apart evict each other. Those
+    of all operands in turn, each asked for some rows ahead: processors do not foresee the way from
+    row to row. Half of the speed of rows, for logits of 1000 x 4096."""
     cdef const Row *row = &rows.first
     cdef int operand, i, n_operands = row.n_operands, width = rows.groups * LANES
     cdef npy_intp line = width * sizeof(real), pitch = n * line
