@@ -2,8 +2,8 @@
 further apart than the rows do.
 
 Rows are columns here: in place, or in a buffer, to which rows are transposed, lines of columns that
-are read twice copied, and all else gathered and converted. A row's bits do not depend on its neighbours,
-those of a short one not on how it lies either.
+are read twice copied, and all else gathered and converted. A row's bits do not depend on its
+neighbours, those of a short one not on how it lies either.
 """
 
 from numpy cimport npy_intp
@@ -101,8 +101,8 @@ cdef inline int strip_length(const Rows *rows, npy_intp start) noexcept nogil:
 
 cdef void load_lines(const Rows *rows, npy_intp start, int n, real *buffer, const real **x,
                      npy_intp *step) noexcept nogil:
-    """Copies, of what is read twice: lines of the cache a power of two apart evict each other. Those
-    of all operands in turn, each asked for some rows ahead: processors do not foresee the way from
+    """Copies, of what is read twice: lines of the cache a power of two apart evict each other. Of
+    all operands in turn, each asked for some rows ahead: processors do not foresee the way from
     row to row. Half of the speed of rows, for logits of 1000 x 4096."""
     cdef const Row *row = &rows.first
     cdef int operand, i, n_operands = row.n_operands, width = rows.groups * LANES
