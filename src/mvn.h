@@ -716,245 +716,270 @@ static int mvn_small_f64(
 
 /* ---- lanes ---------------------------------------------------------------------------------- */
 
-#define MVN_STRIDE(n) (((n) + 4) / 4 * 4)
-#define MVN_LANES_LIMIT 24 /* rows up to which items in lanes are faster than one by one */
+/* Rows, a multiple of 4, up to which items in lanes are faster than one by one. */
+#define MVN_LANES_LIMIT 32
+#define MVN_BLOCK 4 /* rows that are taken together */
+/* Vectors a row: an odd multiple of a tile's columns, so that those of a tile do not evict each
+ * other from the cache. */
+#define MVN_STRIDE(n) ((((n) + 4) / 4 | 1) * 4)
 
-/* LANES items side by side: [mu | L] of all of them, n rows (n even) of `stride` vectors, mu in
- * column 0 and element (i, j) of L in column j + 1. The four columns after the diagonal are 0, and
- * two more rows follow that are computed but never used. */
+/* LANES items side by side: [mu | L] of all of them, n rows of `stride` vectors, mu in column 0 and
+ * element (i, j) of L in column j + 1. Blocks of BLOCK rows, the last may be shorter, are taken one
+ * after the other; tiles of four columns reach beyond the diagonal, where 0 stands. */
 
-/* A side of a group. An odd number of rows gets one more, of an identity: it adds nothing. */
 MVN_INLINE void mvn_lanes_loc(
     mvn_vec *loc, const mvn_side *s, ptrdiff_t item, ptrdiff_t n, int single) {
     for (ptrdiff_t i = 0; i < n; i++) {
         loc[i] = mvn_spread(s->loc + item * s->loc_outer + i * s->loc_inner, s->loc_outer, single);
     }
-    if (n % 2) loc[n] = (mvn_vec){0};
 }
 
-/* Rows i and i + 1 of L, i even. */
-MVN_INLINE void mvn_lanes_rows(
-    mvn_vec *rows, const mvn_side *s, ptrdiff_t item, ptrdiff_t stride, ptrdiff_t n, ptrdiff_t i,
-    int single) {
-    const ptrdiff_t outer = s->matrix_outer, column = s->column, below = i + 1 < n ? s->row : 0;
-    const ptrdiff_t size = single ? sizeof(float) : sizeof(double);
+/* Row i of a matrix, n > 8, up to the diagonal or beyond. Whole lines of the cache where there are
+ * vectors as long: of items a power of two apart, lines evict each other. */
+MVN_INLINE void mvn_lanes_row(
+    mvn_vec *row, const mvn_side *s, ptrdiff_t item, ptrdiff_t n, ptrdiff_t i, int single) {
+    const ptrdiff_t size = single ? sizeof(float) : sizeof(double), outer = s->matrix_outer;
+    const ptrdiff_t width = MVN_LANES == 8 ? 8 : 4;
     const char *at = s->matrix + item * outer + i * s->row;
-    mvn_vec *upper = rows + 1, *lower = rows + stride + 1;
-    for (ptrdiff_t j = 0; j < i; j += 2) {
-        if (column == size) {
-            mvn_pair(at, outer, upper + j, single);
-            mvn_pair(at + below, outer, lower + j, single);
-        } else {
-            MVN_UNROLL for (int c = 0; c < 2; c++) {
-                upper[j + c] = mvn_spread(at + c * column, outer, single);
-                lower[j + c] = mvn_spread(at + below + c * column, outer, single);
-            }
+    if (s->column == size) {
+        for (ptrdiff_t j = 0; j <= i; j += width) {
+            ptrdiff_t from = j + width <= n ? j : n - width;
+            if (width == 8) mvn_oct(at + from * size, outer, row + from, single);
+            else mvn_quad(at + from * size, outer, row + from, single);
         }
-        at += 2 * column;
-    }
-    upper[i] = mvn_spread(at, outer, single);
-    if (i + 1 < n) {
-        lower[i] = mvn_spread(at + below, outer, single);
-        lower[i + 1] = mvn_spread(at + below + column, outer, single);
     } else {
-        for (ptrdiff_t j = 0; j <= i; j++) lower[j] = (mvn_vec){0};
-        lower[i + 1] = mvn_ones();
+        for (ptrdiff_t j = 0; j <= i; j++) row[j] = mvn_spread(at + j * s->column, outer, single);
     }
 }
 
-/* Zeros after the diagonal in two rows where others were before, to the end of a tile. */
-MVN_INLINE void mvn_lanes_end(mvn_vec *rows, ptrdiff_t stride, ptrdiff_t i) {
-    rows[i + 2] = (mvn_vec){0};
-    for (ptrdiff_t j = i + 3; j <= ((i + 2) | 3); j++) {
-        rows[j] = rows[stride + j] = (mvn_vec){0};
+/* Rows i .. i + rows - 1 of a matrix. */
+MVN_INLINE void mvn_lanes_rows(
+    mvn_vec *a, const mvn_side *s, ptrdiff_t item, ptrdiff_t stride, ptrdiff_t n, ptrdiff_t i,
+    const int rows, int single) {
+    MVN_UNROLL for (int r = 0; r < rows; r++) {
+        mvn_vec *row = a + r * stride;
+        mvn_lanes_row(row + 1, s, item, n, i + r, single);
+        for (ptrdiff_t j = i + r + 2; j <= ((i + rows) | 3); j++) row[j] = (mvn_vec){0};
     }
 }
 
-/* Columns j, j + 1 of rows i .. i + 3: subtract sum_k<j L[i][k] L[j][k], then divide by the
- * diagonal block. */
-MVN_INLINE void mvn_lanes_eliminate(
-    mvn_vec *a, const mvn_vec *reciprocal, ptrdiff_t stride, ptrdiff_t i, ptrdiff_t j) {
-    mvn_vec *x = a + i * stride + 1, sum[4][2];
-    const mvn_vec *l = a + j * stride + 1;
-    MVN_UNROLL for (int r = 0; r < 4; r++) {
-        MVN_UNROLL for (int c = 0; c < 2; c++) sum[r][c] = x[r * stride + j + c];
-    }
-    for (ptrdiff_t k = 0; k < j; k++) {
-        MVN_UNROLL for (int r = 0; r < 4; r++) {
-            MVN_UNROLL for (int c = 0; c < 2; c++) {
-                sum[r][c] -= x[r * stride + k] * l[c * stride + k];
+/* Asks for the same rows of the next group: processors do not foresee the way through triangles. */
+MVN_INLINE void mvn_lanes_prefetch(
+    const mvn_side *s, ptrdiff_t item, ptrdiff_t i, const int rows, int single) {
+    const ptrdiff_t size = single ? sizeof(float) : sizeof(double);
+    if (s->shared) return;
+    for (int lane = 0; lane < MVN_LANES; lane++) {
+        const char *row = s->matrix + (item + MVN_LANES + lane) * s->matrix_outer + i * s->row;
+        MVN_UNROLL for (int r = 0; r < rows; r++, row += s->row) {
+            for (ptrdiff_t at = 0; at <= (i + r) * size; at += 64) {
+                __builtin_prefetch(row + at, 0, 2);
             }
         }
     }
-    MVN_UNROLL for (int r = 0; r < 4; r++) {
-        sum[r][0] *= reciprocal[j];
-        sum[r][1] = (sum[r][1] - sum[r][0] * l[stride + j]) * reciprocal[j + 1];
-        x[r * stride + j] = sum[r][0];
-        x[r * stride + j + 1] = sum[r][1];
-    }
 }
 
-/* [mu | S] <- [mu | L] with S = L L^T, and the reciprocals of the diagonal of L. The second pivot
- * of a pair is taken without waiting for the first one's square root. */
-MVN_INLINE void mvn_lanes_cholesky(mvn_vec *a, mvn_vec *reciprocal, ptrdiff_t stride, ptrdiff_t n) {
-    for (ptrdiff_t j = 0; j < n; j += 2) {
-        mvn_vec *upper = a + j * stride + 1, *lower = upper + stride;
-        mvn_vec first = upper[j], below = lower[j], second = lower[j + 1];
-        for (ptrdiff_t k = 0; k < j; k++) {
-            first -= upper[k] * upper[k];
-            below -= lower[k] * upper[k];
-            second -= lower[k] * lower[k];
+/* The diagonal block of a covariance, when all to its left is subtracted, becomes that of its
+ * factor. S = M D M^T, M with a diagonal of ones: pivots wait for one division each and for no
+ * square root. L = M D^(1/2). */
+MVN_INLINE void mvn_lanes_pivots(
+    mvn_vec (*s)[MVN_BLOCK], mvn_vec *reciprocal, const int rows) {
+    mvn_vec inverse[MVN_BLOCK];
+    MVN_UNROLL for (int c = 0; c < rows; c++) {
+        inverse[c] = 1.0 / s[c][c];
+        MVN_UNROLL for (int r = c + 1; r < rows; r++) {
+            mvn_vec share = s[r][c] * inverse[c];
+            MVN_UNROLL for (int k = c + 1; k <= r; k++) s[r][k] -= share * s[k][c];
         }
-        mvn_vec inverse = 1.0 / first;
-        second -= below * (below * inverse);
-        reciprocal[j] = mvn_sqrt(inverse);
-        reciprocal[j + 1] = mvn_sqrt(1.0 / second);
-        upper[j] = first * reciprocal[j];
-        lower[j + 1] = second * reciprocal[j + 1];
-        lower[j] = below * reciprocal[j];
-        for (ptrdiff_t i = j + 2; i < n; i += 4) mvn_lanes_eliminate(a, reciprocal, stride, i, j);
+    }
+    MVN_UNROLL for (int c = 0; c < rows; c++) {
+#if MVN_LANES == 8
+        mvn_roots(s[c][c], &s[c][c], reciprocal + c);
+#else
+        reciprocal[c] = mvn_sqrt(inverse[c]);
+        s[c][c] *= reciprocal[c];
+#endif
+        MVN_UNROLL for (int r = c + 1; r < rows; r++) s[r][c] *= reciprocal[c];
     }
 }
 
-/* Rows i and i + 1 of [z | Y] = L_q^-1 ([mu_p | L_p] - [mu_q | L_q]) by forward substitution, four
- * columns at a time, from the same rows `p` and `q`. Adds their squares to `total`. */
+/* Rows i .. i + rows - 1 of a covariance become those of its factor L, after the rows above; and
+ * the reciprocals of the diagonal. */
+MVN_INLINE void mvn_lanes_cholesky_rows(
+    mvn_vec *a, mvn_vec *reciprocal, ptrdiff_t stride, ptrdiff_t i, const int rows) {
+    mvn_vec *x = a + i * stride + 1, s[MVN_BLOCK][MVN_BLOCK];
+    for (ptrdiff_t j = 0; j < i; j += MVN_BLOCK) {
+        const mvn_vec *l = a + j * stride + 1;
+        MVN_UNROLL for (int r = 0; r < rows; r++) {
+            MVN_UNROLL for (int c = 0; c < MVN_BLOCK; c++) s[r][c] = x[r * stride + j + c];
+        }
+        for (ptrdiff_t k = 0; k < j; k++) {
+            MVN_UNROLL for (int r = 0; r < rows; r++) {
+                MVN_UNROLL for (int c = 0; c < MVN_BLOCK; c++) {
+                    s[r][c] -= x[r * stride + k] * l[c * stride + k];
+                }
+            }
+        }
+        MVN_UNROLL for (int r = 0; r < rows; r++) {
+            MVN_UNROLL for (int c = 0; c < MVN_BLOCK; c++) {
+                MVN_UNROLL for (int k = 0; k < c; k++) s[r][c] -= s[r][k] * l[c * stride + j + k];
+                s[r][c] *= reciprocal[j + c];
+                x[r * stride + j + c] = s[r][c];
+            }
+        }
+    }
+    MVN_UNROLL for (int r = 0; r < rows; r++) {
+        MVN_UNROLL for (int c = 0; c <= r; c++) s[r][c] = x[r * stride + i + c];
+    }
+    for (ptrdiff_t k = 0; k < i; k++) {
+        MVN_UNROLL for (int r = 0; r < rows; r++) {
+            MVN_UNROLL for (int c = 0; c <= r; c++) {
+                s[r][c] -= x[r * stride + k] * x[c * stride + k];
+            }
+        }
+    }
+    mvn_lanes_pivots(s, reciprocal + i, rows);
+    MVN_UNROLL for (int r = 0; r < rows; r++) {
+        MVN_UNROLL for (int c = 0; c <= r; c++) x[r * stride + i + c] = s[r][c];
+    }
+}
+
+/* Rows i .. i + rows - 1 of [z | Y] = L_q^-1 ([mu_p | L_p] - [mu_q | L_q]) by forward substitution,
+ * four columns at a time, from the same rows `p` and `q`. Adds their squares to `total`. */
 MVN_INLINE void mvn_lanes_whiten_rows(
     const mvn_vec *p, const mvn_vec *q, const mvn_vec *reciprocal, mvn_vec *y, mvn_vec *total,
-    ptrdiff_t stride, ptrdiff_t i) {
+    ptrdiff_t stride, ptrdiff_t i, const int rows) {
     const mvn_vec *l = q + 1;
-    for (ptrdiff_t j = 0; j <= i + 2; j += 4) {
-        mvn_vec sum[2][4];
-        MVN_UNROLL for (int c = 0; c < 4; c++) {
-            sum[0][c] = p[j + c] - q[j + c];
-            sum[1][c] = p[stride + j + c] - q[stride + j + c];
-        }
-        for (ptrdiff_t k = j > 0 ? j - 1 : 0; k < i; k++) {
+    for (ptrdiff_t j = 0; j <= i + rows; j += 4) {
+        mvn_vec sum[MVN_BLOCK][4];
+        MVN_UNROLL for (int r = 0; r < rows; r++) {
             MVN_UNROLL for (int c = 0; c < 4; c++) {
-                sum[0][c] -= l[k] * y[k * stride + j + c];
-                sum[1][c] -= l[stride + k] * y[k * stride + j + c];
+                sum[r][c] = p[r * stride + j + c] - q[r * stride + j + c];
             }
         }
-        MVN_UNROLL for (int c = 0; c < 4; c++) {
-            sum[0][c] *= reciprocal[i];
-            sum[1][c] = (sum[1][c] - l[stride + i] * sum[0][c]) * reciprocal[i + 1];
-            y[i * stride + j + c] = sum[0][c];
-            y[(i + 1) * stride + j + c] = sum[1][c];
-            total[c] = mvn_fma(sum[0][c], sum[0][c], total[c]);
-            total[c] = mvn_fma(sum[1][c], sum[1][c], total[c]);
+        for (ptrdiff_t k = j > 0 ? j - 1 : 0; k < i; k++) {
+            MVN_UNROLL for (int r = 0; r < rows; r++) {
+                MVN_UNROLL for (int c = 0; c < 4; c++) {
+                    sum[r][c] -= l[r * stride + k] * y[k * stride + j + c];
+                }
+            }
+        }
+        MVN_UNROLL for (int r = 0; r < rows; r++) {
+            MVN_UNROLL for (int c = 0; c < 4; c++) {
+                MVN_UNROLL for (int k = 0; k < r; k++) {
+                    sum[r][c] -= l[r * stride + i + k] * sum[k][c];
+                }
+                sum[r][c] *= reciprocal[i + r];
+                y[(i + r) * stride + j + c] = sum[r][c];
+                total[c] = mvn_fma(sum[r][c], sum[r][c], total[c]);
+            }
         }
     }
 }
 
-/* The diagonal of Y and `squares` = |z|^2 + |Y|^2 for q = N(0, I), where [z | Y] is
- * [mu_p | L_p - I]. */
-MVN_INLINE void mvn_lanes_whiten_standard(
-    const mvn_vec *p, mvn_vec *y, mvn_vec *squares, ptrdiff_t stride, ptrdiff_t n) {
-    mvn_vec rest = {0}, diagonal = {0};
-    for (ptrdiff_t i = 0; i < n; i++) {
-        const mvn_vec *row = p + i * stride;
-        for (ptrdiff_t j = 0; j <= i; j++) rest += row[j] * row[j];
-        mvn_vec t = row[i + 1] - 1.0;
-        diagonal += t * t;
-        y[i * stride + i + 1] = t;
+/* The same for q = N(0, I), where [z | Y] is [mu_p | L_p - I]: only the diagonal of Y is written. */
+MVN_INLINE void mvn_lanes_whiten_standard_rows(
+    const mvn_vec *p, mvn_vec *y, mvn_vec *total, ptrdiff_t stride, ptrdiff_t i, const int rows) {
+    MVN_UNROLL for (int r = 0; r < rows; r++) {
+        const mvn_vec *row = p + r * stride;
+        mvn_vec t = row[i + r + 1] - 1.0;
+        for (ptrdiff_t j = 0; j <= i + r; j++) total[0] = mvn_fma(row[j], row[j], total[0]);
+        total[1] = mvn_fma(t, t, total[1]);
+        y[(i + r) * stride + i + r + 1] = t;
     }
-    *squares = rest + diagonal;
 }
 
 /* The divergences of LANES items by `mvn_terms`, NaN where other formulas may know more: from
  * L_p,ii, 1 / L_q,ii, [z | Y] and |z|^2 + |Y|^2. */
 MVN_INLINE void mvn_lanes_sum(
-    const mvn_vec *x, const mvn_vec *reciprocal, const mvn_vec *y, const mvn_vec *squares,
+    const mvn_vec *x, const mvn_vec *reciprocal, const mvn_vec *y, mvn_vec squares,
     ptrdiff_t stride, ptrdiff_t n, double *kl) {
-    mvn_vec t[MVN_LANES_LIMIT], u[MVN_LANES_LIMIT], sum = 0.5 * *squares;
+    mvn_vec t[MVN_LANES_LIMIT], u[MVN_LANES_LIMIT], sum = 0.5 * squares;
     mvn_bits bad = {0};
     for (ptrdiff_t i = 0; i < n; i++) {
         t[i] = y[i * stride + i + 1];
         u[i] = x[i] * reciprocal[i];
         bad |= (mvn_bits)x[i] | (mvn_bits)reciprocal[i];
     }
+    for (ptrdiff_t i = n; i % 4; i++) {
+        t[i] = (mvn_vec){0};
+        u[i] = mvn_ones();
+    }
     for (ptrdiff_t i = 0; i < n; i += 4) {
-        mvn_terms terms = mvn_terms_of(t + i, u + i, n - i < 4 ? 2 : 4);
+        mvn_terms terms = mvn_terms_of(t + i, u + i, 4);
         sum += mvn_minus_log(&terms, &bad);
     }
     *(mvn_loose *)kl = (mvn_vec)((mvn_bits)sum | (bad < 0)); /* all bits set: NaN */
 }
 
-/* Scratch for items in lanes: [mu | L] of both sides, [z | Y] and 1 / L_q,ii. */
-typedef struct { mvn_vec *p, *q, *y, *reciprocal; } mvn_lanes;
+/* A group: LANES items from `item` on; q is NULL for N(0, I). Not to be loaded: what was before. */
+typedef struct {
+    const mvn_side *p, *q;
+    ptrdiff_t item, n, stride;
+    int load_p, load_q;
+    mvn_vec *a, *b, *y, *reciprocal; /* [mu | L] of both sides, [z | Y] and 1 / L_q,ii */
+} mvn_lanes;
 
-/* The divergences of a group; `q` is NULL for N(0, I). Rows of factors are read as they are needed,
- * two at a time into the place of the two before: the cache has room for the groups asked for. */
-MVN_INLINE void mvn_lanes_divergences(
-    const mvn_lanes *a, const mvn_side *p, const mvn_side *q, ptrdiff_t item, int load_p,
-    int load_q, ptrdiff_t stride, ptrdiff_t n, double *kl, int single) {
-    mvn_vec total[4] = {{0}}, unused[MVN_LANES_LIMIT], squares;
-    mvn_vec loc_p[MVN_LANES_LIMIT], loc_q[MVN_LANES_LIMIT], x[MVN_LANES_LIMIT];
-    const ptrdiff_t even = n + n % 2;
-    const int rows_p = q && mvn_by_rows(p), rows_q = q && mvn_by_rows(q);
-    mvn_lanes_loc(loc_p, p, item, n, single);
-    if (q) mvn_lanes_loc(loc_q, q, item, n, single);
-    for (ptrdiff_t i = 0; i < even; i += 2) {
-        if (load_p && !rows_p) mvn_lanes_rows(a->p + i * stride, p, item, stride, n, i, single);
-        if (load_q && !rows_q) mvn_lanes_rows(a->q + i * stride, q, item, stride, n, i, single);
+/* Rows i .. i + rows - 1 of [mu | L] of a side, of factors that are needed once into the place of
+ * the rows before. */
+MVN_INLINE mvn_vec *mvn_lanes_factor_rows(
+    const mvn_lanes *g, const mvn_side *s, mvn_vec *factor, const mvn_vec *loc,
+    mvn_vec *reciprocal, int load, ptrdiff_t i, const int rows, int single) {
+    mvn_vec *at = factor + (mvn_by_rows(s) ? 0 : i * g->stride);
+    if (load) {
+        mvn_lanes_rows(at, s, g->item, g->stride, g->n, i, rows, single);
+        if (s->covariance) mvn_lanes_cholesky_rows(factor, reciprocal, g->stride, i, rows);
     }
-    if (load_p && p->covariance) mvn_lanes_cholesky(a->p, unused, stride, even);
-    if (load_q && q->covariance) mvn_lanes_cholesky(a->q, a->reciprocal, stride, even);
-    for (ptrdiff_t i = 0; i < even; i += 2) {
-        mvn_vec *row_p = a->p + (rows_p ? 0 : i * stride);
-        mvn_vec *row_q = a->q + (rows_q ? 0 : i * stride);
-        row_p[0] = loc_p[i];
-        row_p[stride] = loc_p[i + 1];
-        mvn_prefetch_group(p, item, i, 2, n, single);
-        if (rows_p) {
-            mvn_lanes_rows(row_p, p, item, stride, n, i, single);
-            mvn_lanes_end(row_p, stride, i);
-        }
-        x[i] = row_p[i + 1];
-        x[i + 1] = row_p[stride + i + 2];
-        if (!q) continue;
-        row_q[0] = loc_q[i];
-        row_q[stride] = loc_q[i + 1];
-        mvn_prefetch_group(q, item, i, 2, n, single);
-        if (rows_q) {
-            mvn_lanes_rows(row_q, q, item, stride, n, i, single);
-            mvn_lanes_end(row_q, stride, i);
-        }
-        if (!q->covariance) {
-            a->reciprocal[i] = 1.0 / row_q[i + 1];
-            a->reciprocal[i + 1] = 1.0 / row_q[stride + i + 2];
-        }
-        mvn_lanes_whiten_rows(row_p, row_q, a->reciprocal, a->y, total, stride, i);
-    }
-    squares = (total[0] + total[1]) + (total[2] + total[3]);
-    if (!q) mvn_lanes_whiten_standard(a->p, a->y, &squares, stride, even);
-    mvn_lanes_sum(x, a->reciprocal, a->y, &squares, stride, even, kl);
+    MVN_UNROLL for (int r = 0; r < rows; r++) at[r * g->stride] = loc[i + r];
+    mvn_lanes_prefetch(s, g->item, i, rows, single);
+    return at;
 }
-MVN_INLINE void mvn_lanes_group(
-    const mvn_lanes *a, const mvn_side *p, const mvn_side *q, ptrdiff_t item, int load_p,
-    int load_q, ptrdiff_t stride, ptrdiff_t n, double *kl, int single) {
-    const mvn_side packed_p = mvn_packed(p, 0, n, single);
-    const mvn_side packed_q = mvn_packed(q ? q : p, 0, n, single);
-    const mvn_side *all_p = &packed_p, *all_q = &packed_q;
-    if (q && mvn_is_packed(p, 0, n, single) && mvn_is_packed(q, 0, n, single)) {
-        if (n == 16) { /* often met: with the bounds of loops known, too */
-            const mvn_side p_16 = mvn_packed(p, 0, 16, single), q_16 = mvn_packed(q, 0, 16, single);
-            mvn_lanes_divergences(a, &p_16, &q_16, item, 1, 1, MVN_STRIDE(16), 16, kl, single);
-        } else {
-            mvn_lanes_divergences(a, all_p, all_q, item, 1, 1, stride, n, kl, single);
+
+typedef struct {
+    mvn_vec loc_p[MVN_LANES_LIMIT], loc_q[MVN_LANES_LIMIT];
+    mvn_vec diagonal[MVN_LANES_LIMIT], unused[MVN_LANES_LIMIT]; /* L_p,ii; 1 / L_p,ii */
+    mvn_vec total[4];
+} mvn_lanes_sums;
+
+MVN_INLINE void mvn_lanes_step(
+    const mvn_lanes *g, mvn_lanes_sums *sums, ptrdiff_t i, const int rows, int single) {
+    const ptrdiff_t stride = g->stride;
+    const mvn_vec *p = mvn_lanes_factor_rows(
+        g, g->p, g->a, sums->loc_p, sums->unused, g->load_p, i, rows, single);
+    MVN_UNROLL for (int r = 0; r < rows; r++) sums->diagonal[i + r] = p[r * stride + i + r + 1];
+    if (g->q) {
+        const mvn_vec *q = mvn_lanes_factor_rows(
+            g, g->q, g->b, sums->loc_q, g->reciprocal, g->load_q, i, rows, single);
+        MVN_UNROLL for (int r = 0; r < rows && !g->q->covariance; r++) {
+            g->reciprocal[i + r] = 1.0 / q[r * stride + i + r + 1];
         }
+        mvn_lanes_whiten_rows(p, q, g->reciprocal, g->y, sums->total, stride, i, rows);
     } else {
-        mvn_lanes_divergences(a, p, q, item, load_p, load_q, stride, n, kl, single);
+        mvn_lanes_whiten_standard_rows(p, g->y, sums->total, stride, i, rows);
     }
 }
-static inline void mvn_lanes_group_f32(
-    const mvn_lanes *a, const mvn_side *p, const mvn_side *q, ptrdiff_t item,
-    int load_p, int load_q, ptrdiff_t stride, ptrdiff_t n, double *kl) {
-    mvn_lanes_group(a, p, q, item, load_p, load_q, stride, n, kl, 1);
+
+/* The divergences of a group. */
+MVN_INLINE void mvn_lanes_divergences(const mvn_lanes *g, double *kl, int single) {
+    mvn_lanes_sums sums;
+    mvn_vec *total = sums.total;
+    ptrdiff_t i = 0;
+    memset(total, 0, sizeof sums.total);
+    mvn_lanes_loc(sums.loc_p, g->p, g->item, g->n, single);
+    if (g->q) mvn_lanes_loc(sums.loc_q, g->q, g->item, g->n, single);
+    for (; i + MVN_BLOCK <= g->n; i += MVN_BLOCK) mvn_lanes_step(g, &sums, i, MVN_BLOCK, single);
+    switch (g->n - i) {
+    case 1: mvn_lanes_step(g, &sums, i, 1, single); break;
+    case 2: mvn_lanes_step(g, &sums, i, 2, single); break;
+    case 3: mvn_lanes_step(g, &sums, i, 3, single); break;
+    }
+    mvn_lanes_sum(sums.diagonal, g->reciprocal, g->y,
+                  (total[0] + total[1]) + (total[2] + total[3]), g->stride, g->n, kl);
 }
-static inline void mvn_lanes_group_f64(
-    const mvn_lanes *a, const mvn_side *p, const mvn_side *q, ptrdiff_t item,
-    int load_p, int load_q, ptrdiff_t stride, ptrdiff_t n, double *kl) {
-    mvn_lanes_group(a, p, q, item, load_p, load_q, stride, n, kl, 0);
+static inline void mvn_lanes_divergences_f32(const mvn_lanes *g, double *kl) {
+    mvn_lanes_divergences(g, kl, 1);
+}
+static inline void mvn_lanes_divergences_f64(const mvn_lanes *g, double *kl) {
+    mvn_lanes_divergences(g, kl, 0);
 }
 
 /* ---- panels ---------------------------------------------------------------------------------- */

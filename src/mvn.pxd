@@ -63,17 +63,17 @@ cdef extern from "mvn.h" nogil:
         const Side *p, const Side *q, npy_intp first, npy_intp groups,
         SmallFactor *a, SmallFactor *b, bint fresh, Out out, npy_intp n)
     bint all_finite "mvn_all_finite"(const double *x, npy_intp count)
-    ctypedef struct Lanes "mvn_lanes":
-        vec *p
-        vec *q
+    ctypedef struct Lanes "mvn_lanes":  # a group of items, and scratch
+        const Side *p
+        const Side *q
+        npy_intp item, n, stride
+        bint load_p, load_q
+        vec *a
+        vec *b
         vec *y
         vec *reciprocal
-    void lanes_group_f32 "mvn_lanes_group_f32"(
-        const Lanes *a, const Side *p, const Side *q, npy_intp item, bint load_p,
-        bint load_q, npy_intp stride, npy_intp n, double *kl)
-    void lanes_group_f64 "mvn_lanes_group_f64"(
-        const Lanes *a, const Side *p, const Side *q, npy_intp item, bint load_p,
-        bint load_q, npy_intp stride, npy_intp n, double *kl)
+    void lanes_divergences_f32 "mvn_lanes_divergences_f32"(const Lanes *group, double *kl)
+    void lanes_divergences_f64 "mvn_lanes_divergences_f64"(const Lanes *group, double *kl)
     npy_intp lanes_stride "MVN_STRIDE"(npy_intp n)
     vec ones "mvn_ones"()
     void panel_load_f32 "mvn_panel_load_f32"(
@@ -267,44 +267,54 @@ cdef inline int put(const Batch *batch, npy_intp first, npy_intp count, const do
     return 0 if all_finite(kl, count) else <int> ALONE
 
 
-cdef inline void lanes_group(const Lanes *a, const Side *p, const Side *q, npy_intp item,
-                             bint fresh, npy_intp stride, npy_intp n, double *kl,
-                             real type_tag) noexcept nogil:
-    cdef bint load_p = fresh or not p.shared, load_q = q != NULL and (fresh or not q.shared)
+cdef inline void lanes_divergences(const Lanes *group, double *kl, real type_tag) noexcept nogil:
     if real is float:
-        lanes_group_f32(a, p, q, item, load_p, load_q, stride, n, kl)
+        lanes_divergences_f32(group, kl)
     else:
-        lanes_group_f64(a, p, q, item, load_p, load_q, stride, n, kl)
+        lanes_divergences_f64(group, kl)
+
+
+cdef inline int lanes_alone(const Batch *batch, npy_intp item, Lanes *group,
+                            real type_tag) noexcept nogil:
+    """One item, in every lane."""
+    cdef const Side *p = group.p
+    cdef const Side *q = group.q
+    cdef Side one_p = alone(p, item), one_q
+    cdef double kl[MOST_LANES]
+    group.p, group.item = &one_p, 0
+    if q != NULL:
+        one_q = alone(q, item)
+        group.q = &one_q
+    lanes_divergences(group, kl, type_tag)
+    group.p, group.q = p, q
+    return put(batch, item, 1, kl, q == NULL, type_tag)
 
 
 cdef inline int lanes_rows(const Batch *batch, npy_intp first, npy_intp last, const Side *p,
                            const Side *q, npy_intp n, real type_tag) noexcept nogil:
-    cdef npy_intp even = n + n % 2, stride = lanes_stride(n), square = (even + 2) * stride
-    cdef npy_intp item = first, i
-    cdef Side one_p, one_q
+    cdef npy_intp stride = lanes_stride(n), square = n * stride, item = first, i
     cdef double kl[MOST_LANES]
-    cdef Lanes a
+    cdef Lanes group
     cdef int status = 0
-    cdef void *memory = malloc((3 * square + even) * sizeof(vec) + 64)
+    cdef void *memory = malloc((3 * square + n) * sizeof(vec) + 64)
     if memory == NULL:
         return NO_MEMORY
-    a.p = <vec *> aligned(memory)
-    a.q, a.y, a.reciprocal = a.p + square, a.p + 2 * square, a.p + 3 * square
-    memset(a.p, 0, 2 * square * sizeof(vec))
-    for i in range(even):
-        a.reciprocal[i] = ones()
-    if last - first < LANES:
-        for item in range(first, last):
-            one_p = alone(p, item)
-            if q != NULL:
-                one_q = alone(q, item)
-            lanes_group(&a, &one_p, NULL if q == NULL else &one_q, 0, True, stride, n, kl, type_tag)
-            status |= put(batch, item, 1, kl, q == NULL, type_tag)
-        item = last
+    group.p, group.q, group.n, group.stride = p, q, n, stride
+    group.a = <vec *> aligned(memory)
+    group.b, group.y = group.a + square, group.a + 2 * square
+    group.reciprocal = group.a + 3 * square
+    for i in range(n):
+        group.reciprocal[i] = ones()
+    group.load_p = group.load_q = True
+    while item < last and last - first < LANES:
+        status |= lanes_alone(batch, item, &group, type_tag)
+        item += 1
     while item < last:
         item = min(item, last - LANES)  # the last group overlaps the one before
-        lanes_group(&a, p, q, item, item == first, stride, n, kl, type_tag)
+        group.item = item
+        lanes_divergences(&group, kl, type_tag)
         status |= put(batch, item, <npy_intp> LANES, kl, q == NULL, type_tag)
+        group.load_p, group.load_q = not p.shared, q != NULL and not q.shared
         item += LANES
     free(memory)
     return status
@@ -746,20 +756,20 @@ cdef inline int mvn_rows(const Batch *batch, npy_intp first, npy_intp last, cons
 
 # The kernel that the gufuncs carry.
 
-cdef inline Plan plan_of(const Batch *batch, const Kernel *kernel, double row_ns,
-                         double setup) noexcept nogil:
+cdef inline Plan plan_of(const Batch *batch, const Kernel *kernel, double row_ns, double setup,
+                         npy_intp lanes_limit) noexcept nogil:
     """`setup`: what share of a row's time a matrix of Q that all rows have in common takes."""
     cdef Plan plan
     cdef bint shared = not kernel.options[STANDARD_Q] and batch.outer[3] == 0
     plan.row_ns, plan.setup_ns = row_ns, setup * row_ns if shared else 0.0
-    plan.splits_rows = batch.core[0] > LANES_LIMIT
+    plan.splits_rows = batch.core[0] > lanes_limit
     plan.group = 1 if plan.splits_rows else LANES
     return plan
 
 
 cdef inline Plan plan_mvn(const Batch *batch, const Kernel *kernel) noexcept nogil:
     cdef double n = batch.core[0], cube = 0.03 if has_covariances(kernel) else 0.008
-    return plan_of(batch, kernel, 5 + n * (3 + n * (0.9 + cube * n)), 0.4)
+    return plan_of(batch, kernel, 5 + n * (3 + n * (0.9 + cube * n)), 0.4, LANES_LIMIT)
 
 
 cdef inline int mvn_rows_f32(const Batch *batch, npy_intp first, npy_intp last,

@@ -118,13 +118,22 @@ MVN_INLINE void mvn_lanes_reciprocals(
     }
 }
 
-/* [z | Y] and `squares` = |z|^2 + |Y|^2. */
+/* [mu | S] <- [mu | L] with S = L L^T, and the reciprocals of the diagonal of L. */
+MVN_INLINE void mvn_lanes_cholesky(mvn_vec *a, mvn_vec *reciprocal, ptrdiff_t stride, ptrdiff_t n) {
+    ptrdiff_t i = 0;
+    for (; i + 4 <= n; i += 4) mvn_lanes_cholesky_rows(a, reciprocal, stride, i, 4);
+    if (i < n) mvn_lanes_cholesky_rows(a, reciprocal, stride, i, 2);
+}
+
+/* [z | Y] and `squares` = |z|^2 + |Y|^2; q is NULL for N(0, I), with the diagonal of Y alone. */
 MVN_INLINE void mvn_lanes_whiten(
     const mvn_vec *p, const mvn_vec *q, const mvn_vec *reciprocal, mvn_vec *y, mvn_vec *squares,
     ptrdiff_t stride, ptrdiff_t n) {
     mvn_vec total[4] = {{0}};
     for (ptrdiff_t i = 0; i < n; i += 2) {
-        mvn_lanes_whiten_rows(p + i * stride, q + i * stride, reciprocal, y, total, stride, i);
+        const mvn_vec *row = p + i * stride;
+        if (q) mvn_lanes_whiten_rows(row, q + i * stride, reciprocal, y, total, stride, i, 2);
+        else mvn_lanes_whiten_standard_rows(row, y, total, stride, i, 2);
     }
     *squares = (total[0] + total[1]) + (total[2] + total[3]);
 }

@@ -12,7 +12,7 @@ T = tril(L_q^-T Y), everything is a product with Y or z, so that nothing cancels
 The two brackets, symmetric, are tril(M^T Y) + diag(y) and tril(Y M^T + z z^T) + diag(y) below. All
 is computed in double. The gradient of an item whose divergence is NaN is NaN.
 
-As for the values, matrices of up to LANES_LIMIT rows lie side by side, one in a SIMD lane each;
+As for the values, matrices of up to MOST_ROWS_IN_LANES rows lie side by side, one in a SIMD lane each;
 larger ones are taken one at a time. [z | Y] are the columns of one matrix: column j of Y is its
 column j + 1.
 """
@@ -24,11 +24,14 @@ from numpy cimport npy_intp
 
 from gufunc cimport NO_MEMORY, Batch, Kernel, Plan, Watch, parallel_for
 from mvn cimport (
-    COLUMNS, COV_P, COV_Q, LANES, LANES_LIMIT, MOST_LANES, MOST_ROWS, MOST_TOGETHER, ROWS,
+    COLUMNS, COV_P, COV_Q, LANES, MOST_LANES, MOST_ROWS, MOST_TOGETHER, ROWS,
     STANDARD_Q, Panels, Side, aligned, cholesky, copy_factor, divergence, has_covariances,
     improper, is_stopped, lanes_stride, ones, own_place, panels_new, plan_of, reciprocals,
     second_side, settle, side, solve, sum_squares, take_diagonal, vec)
 from vecmath cimport real
+
+cdef enum:
+    MOST_ROWS_IN_LANES = 24  # with more, items in lanes are no faster than one by one
 
 cdef extern from "mvn_grad.h" nogil:
     void lanes_cholesky "mvn_lanes_cholesky"(vec *a, vec *reciprocal, npy_intp stride, npy_intp n)
@@ -37,8 +40,6 @@ cdef extern from "mvn_grad.h" nogil:
     void lanes_whiten "mvn_lanes_whiten"(
         const vec *p, const vec *q, const vec *reciprocal, vec *y, vec *squares,
         npy_intp stride, npy_intp n)
-    void lanes_whiten_standard "mvn_lanes_whiten_standard"(
-        const vec *p, vec *y, vec *squares, npy_intp stride, npy_intp n)
     void lanes_diagonal "mvn_lanes_diagonal"(
         const vec *a, vec *diagonal, npy_intp stride, npy_intp n)
     void lanes_divergence "mvn_lanes_divergence"(
@@ -362,11 +363,10 @@ cdef inline int lanes_gradient_rows(npy_intp first, npy_intp last, const Side *p
                          group == first or not q.shared, type_tag)
         lanes_factor(&a, a.factor_p, a.reciprocal_p, a.diagonal_p, p, group, last,
                      group == first or not p.shared, type_tag)
+        lanes_whiten(a.factor_p, NULL if q == NULL else a.factor_q, a.reciprocal_q, a.y, &squares,
+                     a.stride, a.even)
         if q == NULL:
-            lanes_whiten_standard(a.factor_p, a.y, &squares, a.stride, a.even)
             lanes_copy_below(&a)
-        else:
-            lanes_whiten(a.factor_p, a.factor_q, a.reciprocal_q, a.y, &squares, a.stride, a.even)
         lanes_diagonal(a.y, a.diagonal_y, a.stride, a.even)
         lanes_diagonal(a.y, a.diagonal, a.stride, a.even)
         lanes_divergence(<double *> a.diagonal_p, <double *> a.diagonal_q, <double *> a.diagonal,
@@ -713,7 +713,7 @@ cdef inline int gradient_rows(const Batch *batch, npy_intp first, npy_intp last,
     cdef Results r = results(batch, kernel)
     cdef Side p = side(batch, kernel, 0), other
     cdef const Side *q = second_side(batch, kernel, &other)
-    if n <= LANES_LIMIT:
+    if n <= MOST_ROWS_IN_LANES:
         return lanes_gradient_rows(first, last, &p, q, &r, n, type_tag)
     return panels_gradient_rows(first, last, &p, q, &r, n, watch, type_tag)
 
@@ -722,7 +722,7 @@ cdef inline int gradient_rows(const Batch *batch, npy_intp first, npy_intp last,
 
 cdef inline Plan plan_mvn_gradient(const Batch *batch, const Kernel *kernel) noexcept nogil:
     cdef double n = batch.core[0], cube = 0.2 if has_covariances(kernel) else 0.05
-    return plan_of(batch, kernel, 10 + n * (6 + n * (3 + cube * n)), 0.2)
+    return plan_of(batch, kernel, 10 + n * (6 + n * (3 + cube * n)), 0.2, MOST_ROWS_IN_LANES)
 
 
 cdef inline int mvn_gradient_rows_f32(const Batch *batch, npy_intp first, npy_intp last,

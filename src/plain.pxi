@@ -18,6 +18,17 @@ cdef union Result:
     double of_double
 
 
+cdef bint has_nan(const char *values, npy_intp n, bint in_double) noexcept nogil:
+    cdef npy_intp i
+    for i in range(n):
+        if in_double:
+            if (<const double *> values)[i] != (<const double *> values)[i]:
+                return True
+        elif (<const float *> values)[i] != (<const float *> values)[i]:
+            return True
+    return False
+
+
 cdef class Plain:
     """A gufunc for such arrays. Called, it gives the result, in `out` if that is given, or None
     where the long way is needed: for other arrays, for those that do not fit together, for results
@@ -51,7 +62,10 @@ cdef class Plain:
             return None
         if batch_axes == 0:
             return self.of_one(operands, number, out)
-        return self.of_batch(operands, out) if batch_axes == 1 and not self.explains_nan else None
+        if batch_axes > 1:
+            return None
+        return self.of_items(operands, number, out) if self.explains_nan else (
+            self.of_batch(operands, out))
 
     cdef bint holds(self, object out, tuple operands, int number, int batch_axes):
         """Whether `out` has the dtype and the shape of the result, no larger one either."""
@@ -77,6 +91,50 @@ cdef class Plain:
         except ValueError:
             return None
 
+    cdef bint place(self, tuple operands, const Kernel *kernel, char **data, npy_intp *sizes,
+                    npy_intp *steps):
+        """Addresses, sizes and strides of arrays of one batch axis or none, as the kernel's loop
+        takes them; False where they do not fit together."""
+        cdef int i, axis, batch_axes, n_steps = kernel.n_operands
+        cdef cnp.ndarray x = <cnp.ndarray> operands[0]
+        sizes[0], sizes[1] = 1, cnp.PyArray_DIM(x, cnp.PyArray_NDIM(x) - 1)
+        for i in range(self.n_arrays):
+            x = <cnp.ndarray> operands[i]
+            batch_axes = cnp.PyArray_NDIM(x) - self.core_axes[i]
+            data[i], steps[i] = cnp.PyArray_BYTES(x), 0
+            if batch_axes == 1 and cnp.PyArray_DIM(x, 0) != 1:
+                if sizes[0] != 1 and sizes[0] != cnp.PyArray_DIM(x, 0):
+                    return False
+                sizes[0], steps[i] = cnp.PyArray_DIM(x, 0), cnp.PyArray_STRIDE(x, 0)
+            for axis in range(batch_axes, cnp.PyArray_NDIM(x)):
+                if cnp.PyArray_DIM(x, axis) != sizes[1]:
+                    return False
+                steps[n_steps] = cnp.PyArray_STRIDE(x, axis)
+                n_steps += 1
+        return True
+
+    cdef object of_items(self, tuple operands, int number, object out):
+        """One batch axis, straight to the kernel: what NaN mean is asked before NumPy reports them.
+        """
+        cdef const Kernel *kernel = self.kernel_f64 if number == cnp.NPY_DOUBLE else self.kernel_f32
+        cdef char *data[MAX_OPERANDS + 1]
+        cdef npy_intp sizes[2]
+        cdef npy_intp steps[4 * MAX_OPERANDS]
+        cdef cnp.ndarray values
+        if not self.place(operands, kernel, data, sizes, steps):
+            return None
+        values = cnp.PyArray_EMPTY(1, sizes, number, 0)
+        data[self.n_arrays] = cnp.PyArray_BYTES(values)
+        steps[self.n_arrays] = cnp.PyArray_STRIDE(values, 0)
+        gufunc_loop(data, sizes, steps, kernel)
+        Py_MakePendingCalls()  # after Ctrl-C values are anything
+        if has_nan(data[self.n_arrays], sizes[0], number == cnp.NPY_DOUBLE):
+            return None
+        if out is None:
+            return values
+        cnp.PyArray_CopyInto(<cnp.ndarray> out, values)
+        return out
+
     cdef object of_one(self, tuple operands, int number, object out):
         cdef const Kernel *kernel = self.kernel_f64 if number == cnp.NPY_DOUBLE else self.kernel_f32
         cdef char *data[MAX_OPERANDS + 1]
@@ -84,27 +142,16 @@ cdef class Plain:
         cdef npy_intp steps[4 * MAX_OPERANDS]
         cdef Result result
         cdef double number_operand = 1
-        cdef int i, axis, n_steps = kernel.n_operands
-        cdef cnp.ndarray x = <cnp.ndarray> operands[0]
         cdef object temperature
-        sizes[0], sizes[1] = 1, cnp.PyArray_DIM(x, 0)
-        for i in range(kernel.n_operands):
-            steps[i] = 0
-        for i in range(self.n_arrays):
-            x = <cnp.ndarray> operands[i]
-            data[i] = cnp.PyArray_BYTES(x)
-            for axis in range(self.core_axes[i]):
-                if cnp.PyArray_DIM(x, axis) != sizes[1]:
-                    return None
-                steps[n_steps] = cnp.PyArray_STRIDE(x, axis)
-                n_steps += 1
+        if not self.place(operands, kernel, data, sizes, steps):
+            return None
         if kernel.n_operands - 1 > self.n_arrays:
             temperature = operands[self.n_arrays]
             if type(temperature) is not float:
                 return self.of_batch(operands, out)
             number_operand = temperature
-            data[self.n_arrays] = <char *> &number_operand
-        data[kernel.n_operands - 1] = <char *> &result
+            data[self.n_arrays], steps[self.n_arrays] = <char *> &number_operand, 0
+        data[kernel.n_operands - 1], steps[kernel.n_operands - 1] = <char *> &result, 0
         if number == cnp.NPY_DOUBLE:  # in case that there is no memory
             result.of_double = NAN
         else:
@@ -114,7 +161,7 @@ cdef class Plain:
         if value != value:  # NumPy reports bad values
             return None if self.explains_nan else self.of_batch(operands, out)
         if out is None:
-            return PyArray_Scalar(&result, cnp.PyArray_DESCR(x), None)
+            return PyArray_Scalar(&result, cnp.PyArray_DESCR(<cnp.ndarray> operands[0]), None)
         Py_MakePendingCalls()  # after Ctrl-C the value is anything
         if number == cnp.NPY_DOUBLE:
             (<double *> cnp.PyArray_DATA(<cnp.ndarray> out))[0] = result.of_double
