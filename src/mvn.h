@@ -414,6 +414,27 @@ MVN_INLINE mvn_vec mvn_minus_log(const mvn_terms *a, mvn_bits *bad) {
     return mvn_below(a->squares, 0.019, near, far) - mvn_atanh_tail(s);
 }
 
+/* The diagonal block of a covariance, when all to its left is subtracted, becomes that of its
+ * factor L; and the reciprocals of the diagonal. S = M D M^T, M with a diagonal of ones: pivots wait
+ * for one division each and for no square root. L = M D^(1/2). */
+#define MVN_PIVOTS(name, number, root) \
+    MVN_INLINE void name(number (*s)[MVN_COLUMNS], number *reciprocal, const int rows) { \
+        MVN_UNROLL for (int c = 0; c < rows; c++) { \
+            number inverse = 1.0 / s[c][c]; \
+            MVN_UNROLL for (int k = c + 1; k < rows; k++) { \
+                number share = s[k][c] * inverse; \
+                MVN_UNROLL for (int r = k; r < rows; r++) s[r][k] -= s[r][c] * share; \
+            } \
+        } \
+        MVN_UNROLL for (int c = 0; c < rows; c++) { \
+            s[c][c] = root(s[c][c]); \
+            reciprocal[c] = 1.0 / s[c][c]; \
+            MVN_UNROLL for (int r = c + 1; r < rows; r++) s[r][c] *= reciprocal[c]; \
+        } \
+    }
+MVN_PIVOTS(mvn_pivots, double, sqrt)
+MVN_PIVOTS(mvn_lanes_pivots, mvn_vec, mvn_sqrt)
+
 /* ---- small ----------------------------------------------------------------------------------- */
 
 /* Up to SMALL rows: a kernel for each number of rows, in which all loops over rows are unrolled.
@@ -716,9 +737,15 @@ static int mvn_small_f64(
 
 /* ---- lanes ---------------------------------------------------------------------------------- */
 
-/* Rows, a multiple of 4, up to which items in lanes are faster than one by one. */
-#define MVN_LANES_LIMIT 32
-#define MVN_BLOCK 4 /* rows that are taken together */
+/* Rows, a multiple of 4, up to which items in lanes are faster than one by one. Both have the same
+ * bits: every element is one sum over the columns before it, in their order. */
+#define MVN_LANES_LIMIT 64
+#define MVN_BLOCK MVN_COLUMNS /* rows that are taken together */
+#if MVN_LANES == 8 || defined(__aarch64__)
+#define MVN_TILE 4 /* columns: the sums of a tile have registers */
+#else
+#define MVN_TILE 2
+#endif
 /* Vectors a row: an odd multiple of a tile's columns, so that those of a tile do not evict each
  * other from the cache. */
 #define MVN_STRIDE(n) ((((n) + 4) / 4 | 1) * 4)
@@ -778,49 +805,25 @@ MVN_INLINE void mvn_lanes_prefetch(
     }
 }
 
-/* The diagonal block of a covariance, when all to its left is subtracted, becomes that of its
- * factor. S = M D M^T, M with a diagonal of ones: pivots wait for one division each and for no
- * square root. L = M D^(1/2). */
-MVN_INLINE void mvn_lanes_pivots(
-    mvn_vec (*s)[MVN_BLOCK], mvn_vec *reciprocal, const int rows) {
-    mvn_vec inverse[MVN_BLOCK];
-    MVN_UNROLL for (int c = 0; c < rows; c++) {
-        inverse[c] = 1.0 / s[c][c];
-        MVN_UNROLL for (int r = c + 1; r < rows; r++) {
-            mvn_vec share = s[r][c] * inverse[c];
-            MVN_UNROLL for (int k = c + 1; k <= r; k++) s[r][k] -= share * s[k][c];
-        }
-    }
-    MVN_UNROLL for (int c = 0; c < rows; c++) {
-#if MVN_LANES == 8
-        mvn_roots(s[c][c], &s[c][c], reciprocal + c);
-#else
-        reciprocal[c] = mvn_sqrt(inverse[c]);
-        s[c][c] *= reciprocal[c];
-#endif
-        MVN_UNROLL for (int r = c + 1; r < rows; r++) s[r][c] *= reciprocal[c];
-    }
-}
-
 /* Rows i .. i + rows - 1 of a covariance become those of its factor L, after the rows above; and
  * the reciprocals of the diagonal. */
 MVN_INLINE void mvn_lanes_cholesky_rows(
     mvn_vec *a, mvn_vec *reciprocal, ptrdiff_t stride, ptrdiff_t i, const int rows) {
     mvn_vec *x = a + i * stride + 1, s[MVN_BLOCK][MVN_BLOCK];
-    for (ptrdiff_t j = 0; j < i; j += MVN_BLOCK) {
+    for (ptrdiff_t j = 0; j < i; j += MVN_TILE) {
         const mvn_vec *l = a + j * stride + 1;
         MVN_UNROLL for (int r = 0; r < rows; r++) {
-            MVN_UNROLL for (int c = 0; c < MVN_BLOCK; c++) s[r][c] = x[r * stride + j + c];
+            MVN_UNROLL for (int c = 0; c < MVN_TILE; c++) s[r][c] = x[r * stride + j + c];
         }
         for (ptrdiff_t k = 0; k < j; k++) {
             MVN_UNROLL for (int r = 0; r < rows; r++) {
-                MVN_UNROLL for (int c = 0; c < MVN_BLOCK; c++) {
+                MVN_UNROLL for (int c = 0; c < MVN_TILE; c++) {
                     s[r][c] -= x[r * stride + k] * l[c * stride + k];
                 }
             }
         }
         MVN_UNROLL for (int r = 0; r < rows; r++) {
-            MVN_UNROLL for (int c = 0; c < MVN_BLOCK; c++) {
+            MVN_UNROLL for (int c = 0; c < MVN_TILE; c++) {
                 MVN_UNROLL for (int k = 0; k < c; k++) s[r][c] -= s[r][k] * l[c * stride + j + k];
                 s[r][c] *= reciprocal[j + c];
                 x[r * stride + j + c] = s[r][c];
@@ -843,72 +846,77 @@ MVN_INLINE void mvn_lanes_cholesky_rows(
     }
 }
 
-/* Rows i .. i + rows - 1 of [z | Y] = L_q^-1 ([mu_p | L_p] - [mu_q | L_q]) by forward substitution,
- * four columns at a time, from the same rows `p` and `q`. Adds their squares to `total`. */
+/* Columns j .. j + TILE - 1 of rows i .. i + rows - 1 of [z | Y] = L_q^-1 ([mu_p | L_p] -
+ * [mu_q | L_q]) by forward substitution, from the same rows `p` and `q`. Adds the squares of
+ * columns to a sum each. */
+MVN_INLINE void mvn_lanes_whiten_tile(
+    const mvn_vec *p, const mvn_vec *q, const mvn_vec *reciprocal, mvn_vec *y, mvn_vec *total,
+    ptrdiff_t stride, ptrdiff_t i, ptrdiff_t j, const int rows) {
+    const mvn_vec *l = q + 1;
+    mvn_vec sum[MVN_BLOCK][MVN_TILE];
+    MVN_UNROLL for (int r = 0; r < rows; r++) {
+        MVN_UNROLL for (int c = 0; c < MVN_TILE; c++) {
+            sum[r][c] = p[r * stride + j + c] - q[r * stride + j + c];
+        }
+    }
+    for (ptrdiff_t k = j > 0 ? j - 1 : 0; k < i; k++) {
+        MVN_UNROLL for (int r = 0; r < rows; r++) {
+            MVN_UNROLL for (int c = 0; c < MVN_TILE; c++) {
+                sum[r][c] -= l[r * stride + k] * y[k * stride + j + c];
+            }
+        }
+    }
+    MVN_UNROLL for (int r = 0; r < rows; r++) {
+        MVN_UNROLL for (int c = 0; c < MVN_TILE; c++) {
+            MVN_UNROLL for (int k = 0; k < r; k++) sum[r][c] -= l[r * stride + i + k] * sum[k][c];
+            sum[r][c] *= reciprocal[i + r];
+            y[(i + r) * stride + j + c] = sum[r][c];
+            total[c] = mvn_fma(sum[r][c], sum[r][c], total[c]);
+        }
+    }
+}
+/* Those rows, and their squares in four sums, of every fourth column each. */
 MVN_INLINE void mvn_lanes_whiten_rows(
     const mvn_vec *p, const mvn_vec *q, const mvn_vec *reciprocal, mvn_vec *y, mvn_vec *total,
     ptrdiff_t stride, ptrdiff_t i, const int rows) {
-    const mvn_vec *l = q + 1;
     for (ptrdiff_t j = 0; j <= i + rows; j += 4) {
-        mvn_vec sum[MVN_BLOCK][4];
+        MVN_UNROLL for (int c = 0; c < 4; c += MVN_TILE) {
+            mvn_lanes_whiten_tile(p, q, reciprocal, y, total + c, stride, i, j + c, rows);
+        }
+    }
+}
+
+/* The same squares for q = N(0, I), where [z | Y] is [mu_p | L_p - I]. */
+MVN_INLINE void mvn_lanes_standard_rows(
+    const mvn_vec *p, mvn_vec *total, ptrdiff_t stride, ptrdiff_t i, const int rows) {
+    for (ptrdiff_t j = 0; j <= i + rows; j += 4) {
         MVN_UNROLL for (int r = 0; r < rows; r++) {
             MVN_UNROLL for (int c = 0; c < 4; c++) {
-                sum[r][c] = p[r * stride + j + c] - q[r * stride + j + c];
-            }
-        }
-        for (ptrdiff_t k = j > 0 ? j - 1 : 0; k < i; k++) {
-            MVN_UNROLL for (int r = 0; r < rows; r++) {
-                MVN_UNROLL for (int c = 0; c < 4; c++) {
-                    sum[r][c] -= l[r * stride + k] * y[k * stride + j + c];
-                }
-            }
-        }
-        MVN_UNROLL for (int r = 0; r < rows; r++) {
-            MVN_UNROLL for (int c = 0; c < 4; c++) {
-                MVN_UNROLL for (int k = 0; k < r; k++) {
-                    sum[r][c] -= l[r * stride + i + k] * sum[k][c];
-                }
-                sum[r][c] *= reciprocal[i + r];
-                y[(i + r) * stride + j + c] = sum[r][c];
-                total[c] = mvn_fma(sum[r][c], sum[r][c], total[c]);
+                mvn_vec x = p[r * stride + j + c];
+                if (j + c == i + r + 1) x -= 1.0;
+                total[c] = mvn_fma(x, x, total[c]);
             }
         }
     }
 }
 
-/* The same for q = N(0, I), where [z | Y] is [mu_p | L_p - I]: only the diagonal of Y is written. */
-MVN_INLINE void mvn_lanes_whiten_standard_rows(
-    const mvn_vec *p, mvn_vec *y, mvn_vec *total, ptrdiff_t stride, ptrdiff_t i, const int rows) {
-    MVN_UNROLL for (int r = 0; r < rows; r++) {
-        const mvn_vec *row = p + r * stride;
-        mvn_vec t = row[i + r + 1] - 1.0;
-        for (ptrdiff_t j = 0; j <= i + r; j++) total[0] = mvn_fma(row[j], row[j], total[0]);
-        total[1] = mvn_fma(t, t, total[1]);
-        y[(i + r) * stride + i + r + 1] = t;
-    }
-}
-
-/* The divergences of LANES items by `mvn_terms`, NaN where other formulas may know more: from
- * L_p,ii, 1 / L_q,ii, [z | Y] and |z|^2 + |Y|^2. */
-MVN_INLINE void mvn_lanes_sum(
-    const mvn_vec *x, const mvn_vec *reciprocal, const mvn_vec *y, mvn_vec squares,
-    ptrdiff_t stride, ptrdiff_t n, double *kl) {
-    mvn_vec t[MVN_LANES_LIMIT], u[MVN_LANES_LIMIT], sum = 0.5 * squares;
+/* 1/2 squares + sum_i (t_i - log1p(t_i)) by `mvn_terms`, NaN where other formulas may know more:
+ * t = Y_ii, x = L_p,ii, reciprocal = 1 / L_q,ii. */
+MVN_INLINE mvn_vec mvn_lanes_sum(
+    const mvn_vec *t, const mvn_vec *x, const mvn_vec *reciprocal, mvn_vec squares, ptrdiff_t n) {
+    mvn_vec sum = 0.5 * squares;
     mvn_bits bad = {0};
-    for (ptrdiff_t i = 0; i < n; i++) {
-        t[i] = y[i * stride + i + 1];
-        u[i] = x[i] * reciprocal[i];
-        bad |= (mvn_bits)x[i] | (mvn_bits)reciprocal[i];
-    }
-    for (ptrdiff_t i = n; i % 4; i++) {
-        t[i] = (mvn_vec){0};
-        u[i] = mvn_ones();
-    }
     for (ptrdiff_t i = 0; i < n; i += 4) {
-        mvn_terms terms = mvn_terms_of(t + i, u + i, 4);
+        mvn_vec some[4] = {{0}}, u[4] = {mvn_ones(), mvn_ones(), mvn_ones(), mvn_ones()};
+        for (ptrdiff_t k = 0; k < 4 && i + k < n; k++) {
+            some[k] = t[i + k];
+            u[k] = x[i + k] * reciprocal[i + k];
+            bad |= (mvn_bits)x[i + k] | (mvn_bits)reciprocal[i + k];
+        }
+        mvn_terms terms = mvn_terms_of(some, u, 4);
         sum += mvn_minus_log(&terms, &bad);
     }
-    *(mvn_loose *)kl = (mvn_vec)((mvn_bits)sum | (bad < 0)); /* all bits set: NaN */
+    return (mvn_vec)((mvn_bits)sum | (bad < 0)); /* all bits set: NaN */
 }
 
 /* A group: LANES items from `item` on; q is NULL for N(0, I). Not to be loaded: what was before. */
@@ -937,7 +945,7 @@ MVN_INLINE mvn_vec *mvn_lanes_factor_rows(
 typedef struct {
     mvn_vec loc_p[MVN_LANES_LIMIT], loc_q[MVN_LANES_LIMIT];
     mvn_vec diagonal[MVN_LANES_LIMIT], unused[MVN_LANES_LIMIT]; /* L_p,ii; 1 / L_p,ii */
-    mvn_vec total[4];
+    mvn_vec t[MVN_LANES_LIMIT], total[4];                       /* Y_ii */
 } mvn_lanes_sums;
 
 MVN_INLINE void mvn_lanes_step(
@@ -953,8 +961,12 @@ MVN_INLINE void mvn_lanes_step(
             g->reciprocal[i + r] = 1.0 / q[r * stride + i + r + 1];
         }
         mvn_lanes_whiten_rows(p, q, g->reciprocal, g->y, sums->total, stride, i, rows);
+        MVN_UNROLL for (int r = 0; r < rows; r++) {
+            sums->t[i + r] = g->y[(i + r) * stride + i + r + 1];
+        }
     } else {
-        mvn_lanes_whiten_standard_rows(p, g->y, sums->total, stride, i, rows);
+        mvn_lanes_standard_rows(p, sums->total, stride, i, rows);
+        MVN_UNROLL for (int r = 0; r < rows; r++) sums->t[i + r] = sums->diagonal[i + r] - 1.0;
     }
 }
 
@@ -972,8 +984,8 @@ MVN_INLINE void mvn_lanes_divergences(const mvn_lanes *g, double *kl, int single
     case 2: mvn_lanes_step(g, &sums, i, 2, single); break;
     case 3: mvn_lanes_step(g, &sums, i, 3, single); break;
     }
-    mvn_lanes_sum(sums.diagonal, g->reciprocal, g->y,
-                  (total[0] + total[1]) + (total[2] + total[3]), g->stride, g->n, kl);
+    *(mvn_loose *)kl = mvn_lanes_sum(sums.t, sums.diagonal, g->reciprocal,
+                                     (total[0] + total[1]) + (total[2] + total[3]), g->n);
 }
 static inline void mvn_lanes_divergences_f32(const mvn_lanes *g, double *kl) {
     mvn_lanes_divergences(g, kl, 1);
@@ -1043,11 +1055,12 @@ static inline double mvn_probe_error(const float *x, const float *signs, ptrdiff
 }
 
 /* The diagonal block of the panel of a covariance that begins at row i, when all to its left is
- * done. Eliminates by L D L^T, whose pivots wait for one division each, and scales at the end. */
+ * done. */
 static inline void mvn_panel_factor(double *x, double *reciprocal, ptrdiff_t i) {
     mvn_vec *column = (mvn_vec *)x;
     MVN_UNROLL for (int block = 0; block < MVN_ROWS; block += MVN_COLUMNS) {
         ptrdiff_t j = i + block;
+        double s[MVN_COLUMNS][MVN_COLUMNS];
         mvn_tile_f64 tile;
         MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
             MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
@@ -1061,26 +1074,22 @@ static inline void mvn_panel_factor(double *x, double *reciprocal, ptrdiff_t i) 
                 }
             }
         }
-        double pivot[MVN_COLUMNS];
-        MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
-            int row = block + c;
-            pivot[c] = tile.sum[c][row / MVN_LANES][row % MVN_LANES];
-            double inverse = 1.0 / pivot[c];
-            MVN_UNROLL for (int k = c + 1; k < MVN_COLUMNS; k++) {
-                int other = block + k;
-                double share = tile.sum[c][other / MVN_LANES][other % MVN_LANES] * inverse;
-                MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
-                    tile.sum[k][v] -= tile.sum[c][v] * share;
-                }
+        MVN_UNROLL for (int r = 0; r < MVN_COLUMNS; r++) {
+            int row = block + r;
+            MVN_UNROLL for (int c = 0; c <= r; c++) {
+                s[r][c] = tile.sum[c][row / MVN_LANES][row % MVN_LANES];
             }
         }
+        mvn_pivots(s, reciprocal + j, MVN_COLUMNS);
         MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
-            double root = sqrt(pivot[c]);
-            reciprocal[j + c] = 1.0 / root;
             MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
-                column[(j + c) * MVN_VECTORS + v] = tile.sum[c][v] * reciprocal[j + c];
+                MVN_UNROLL for (int k = 0; k < c; k++) tile.sum[c][v] -= tile.sum[k][v] * s[c][k];
+                tile.sum[c][v] *= reciprocal[j + c];
+                column[(j + c) * MVN_VECTORS + v] = tile.sum[c][v];
             }
-            x[(j + c) * MVN_ROWS + block + c] = root;
+            MVN_UNROLL for (int r = c; r < MVN_COLUMNS; r++) {
+                x[(j + c) * MVN_ROWS + block + r] = s[r][c];
+            }
         }
     }
 }
@@ -1123,6 +1132,59 @@ static inline void mvn_panel_store(
             MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) row[c] = block[c * MVN_ROWS + r];
         }
     }
+}
+
+/* Column j of row k of [z | Y] in the panels, `size` apart. */
+MVN_INLINE double mvn_panels_element(const double *x, ptrdiff_t size, ptrdiff_t k, ptrdiff_t j) {
+    if (j < MVN_ROWS) return x[k * MVN_ROWS + (j > 0 ? j - 1 : MVN_ROWS - 1)];
+    return x[j / MVN_ROWS * size + k * MVN_ROWS + j % MVN_ROWS];
+}
+
+/* |z|^2 + |Y|^2 of one item in the order of `mvn_lanes_whiten_rows`; without panels, those of
+ * [mu_p | L_p - I]. */
+static inline double mvn_squares_in_tiles(
+    const double *x, ptrdiff_t size, const double *p, ptrdiff_t stride, const double *shift,
+    ptrdiff_t n) {
+    double total[4] = {0};
+    for (ptrdiff_t i = 0; i < n; i += MVN_BLOCK) {
+        const ptrdiff_t end = mvn_least(i + MVN_BLOCK, n);
+        for (ptrdiff_t j = 0; j <= end; j += 4) {
+            for (ptrdiff_t k = mvn_most(i, j - 1); k < end; k++) {
+                MVN_UNROLL for (int c = 0; c < 4; c++) {
+                    ptrdiff_t at = j + c;
+                    double y = 0.0;
+                    if (at > k + 1) break;
+                    if (x) y = mvn_panels_element(x, size, k, at);
+                    else y = at == 0 ? shift[k] : p[k * stride + at - 1] - (at == k + 1 ? 1.0 : 0.0);
+                    total[c] += y * y;
+                }
+            }
+        }
+    }
+    return (total[0] + total[1]) + (total[2] + total[3]);
+}
+
+/* `mvn_lanes_sum` of one item: four of its terms in a lane. */
+static inline double mvn_sum_as_lanes(
+    const double *t, const double *x, const double *reciprocal, double squares, ptrdiff_t n) {
+    double kl = 0.5 * squares;
+    for (ptrdiff_t begin = 0; begin < n; begin += 4 * MVN_LANES) {
+        mvn_vec some[4] = {{0}}, u[4] = {mvn_ones(), mvn_ones(), mvn_ones(), mvn_ones()}, logs;
+        mvn_bits bad = {0};
+        for (ptrdiff_t i = begin; i < mvn_least(begin + 4 * MVN_LANES, n); i++) {
+            const ptrdiff_t lane = (i - begin) / 4;
+            some[i % 4][lane] = t[i];
+            u[i % 4][lane] = x[i] * reciprocal[i];
+            if (!(x[i] > 0.0 && reciprocal[i] > 0.0)) return NAN;
+        }
+        mvn_terms terms = mvn_terms_of(some, u, 4);
+        logs = mvn_minus_log(&terms, &bad);
+        for (ptrdiff_t lane = 0; begin + 4 * lane < n && lane < MVN_LANES; lane++) {
+            if (bad[lane] < 0) return NAN;
+            kl += logs[lane];
+        }
+    }
+    return kl;
 }
 
 /* For q = N(0, I), where Y = L_p - I: |Y|^2 + |mu_p|^2. */

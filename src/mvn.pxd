@@ -10,8 +10,8 @@ L_q^-1 L_p = I + Y would not be. No inverse and no determinant is formed.
 Largest relative error from factors up to D = 17: 1e-13 (9e-15 seen), for float32 4e-6 (8e-7 seen);
 from covariances the Cholesky factorisation's own, about D eps cond(S), with the eps of double.
 
-float32 is computed in double from covariances, whose factorisation would lose digits, and below
-SINGLE rows, where loading is what costs. From there on factors are taken in float32: vectors hold
+float32 is computed in double from covariances, whose factorisation would lose digits, and up to
+LANES_LIMIT rows, where loading is what costs. Larger factors are taken in float32: vectors hold
 twice as many numbers. The solve is accurate unless L_q magnifies rounding errors, which a probe
 shows: one more column, L_q s with signs s, is solved along. Where s is not found again to 16 units
 of 2^-24, the item is computed in double.
@@ -19,9 +19,10 @@ of 2^-24, the item is computed in double.
 Diagonal elements of L_q below 2^-1024 are good for equality, 0, but not for accuracy.
 
 Matrices of up to LANES_LIMIT rows lie side by side, one in a SIMD lane each, with a kernel for each
-number of rows up to SMALL; larger ones are taken one at a time, in panels of rows (mvn.h). Lanes
-have the formulas for numbers of ordinary size, one logarithm for four y_i; what they cannot give is
-computed in panels, too, which sort out bad input and extreme scales.
+number of rows up to SMALL; larger ones, and those that fill no lanes, are taken one at a time, in
+panels of rows (mvn.h). Up to LANES_LIMIT rows both have the same bits: formulas for numbers of
+ordinary size, one logarithm for four y_i. What these cannot give is left to panels, which sort out
+bad input and extreme scales.
 """
 
 from libc.math cimport INFINITY, NAN, isfinite, isinf, isnan
@@ -115,6 +116,11 @@ cdef extern from "mvn.h" nogil:
     void reciprocals "mvn_reciprocals"(const double *y, double *inverse, npy_intp n)
     void prefetch "mvn_prefetch"(
         const char *matrix, npy_intp row, npy_intp size, npy_intp first, npy_intp last)
+    double squares_in_tiles "mvn_squares_in_tiles"(
+        const double *x, npy_intp size, const double *p, npy_intp stride, const double *shift,
+        npy_intp n)
+    double sum_as_lanes "mvn_sum_as_lanes"(
+        const double *t, const double *x, const double *reciprocal, double squares, npy_intp n)
     double divergence "mvn_divergence"(
         const double *x, const double *y, double *t, double squares, npy_intp n)
 
@@ -124,7 +130,6 @@ cdef enum:
     MOST_ROWS = 32
     MOST_TOGETHER = 8  # panels that are solved together
     BLOCK = 8          # least panels of a covariance that threads share before they are factorised
-    SINGLE = 32        # rows from which on float32 pays, where it is exact enough
     LARGE = 128        # rows from which on signals are looked for within a matrix
     AHEAD = 160        # rows up to which the next item is asked for: the cache holds both
 
@@ -274,24 +279,9 @@ cdef inline void lanes_divergences(const Lanes *group, double *kl, real type_tag
         lanes_divergences_f64(group, kl)
 
 
-cdef inline int lanes_alone(const Batch *batch, npy_intp item, Lanes *group,
-                            real type_tag) noexcept nogil:
-    """One item, in every lane."""
-    cdef const Side *p = group.p
-    cdef const Side *q = group.q
-    cdef Side one_p = alone(p, item), one_q
-    cdef double kl[MOST_LANES]
-    group.p, group.item = &one_p, 0
-    if q != NULL:
-        one_q = alone(q, item)
-        group.q = &one_q
-    lanes_divergences(group, kl, type_tag)
-    group.p, group.q = p, q
-    return put(batch, item, 1, kl, q == NULL, type_tag)
-
-
 cdef inline int lanes_rows(const Batch *batch, npy_intp first, npy_intp last, const Side *p,
                            const Side *q, npy_intp n, real type_tag) noexcept nogil:
+    """LANES items or more."""
     cdef npy_intp stride = lanes_stride(n), square = n * stride, item = first, i
     cdef double kl[MOST_LANES]
     cdef Lanes group
@@ -306,9 +296,6 @@ cdef inline int lanes_rows(const Batch *batch, npy_intp first, npy_intp last, co
     for i in range(n):
         group.reciprocal[i] = ones()
     group.load_p = group.load_q = True
-    while item < last and last - first < LANES:
-        status |= lanes_alone(batch, item, &group, type_tag)
-        item += 1
     while item < last:
         item = min(item, last - LANES)  # the last group overlaps the one before
         group.item = item
@@ -365,6 +352,8 @@ cdef inline bint panels_new(Panels *a, npy_intp n, bint copy_p, bint copy_q, bin
     cdef npy_intp padded = (n + ROWS - 1) // ROWS * ROWS, stride = padded + ROWS, i
     cdef npy_intp square = padded * stride, size = (padded + 2) * ROWS, panels
     a.together = max(<npy_intp> 2, min(<npy_intp> MOST_TOGETHER, n // 512 * 2))
+    if n <= LANES_LIMIT:
+        a.together = n // ROWS + 1  # all
     a.block = max(<npy_intp> BLOCK, padded // ROWS // 8)
     panels = watch.threads * a.together
     if covariances:
@@ -686,7 +675,7 @@ cdef inline int panels_rows(const Batch *batch, npy_intp first, npy_intp last, c
                             const Side *q, npy_intp n, Watch *watch,
                             real type_tag) noexcept nogil:
     cdef bint covariances = p.covariance or (q != NULL and q.covariance)
-    cdef bint single = real is float and n >= SINGLE and not covariances and q != NULL
+    cdef bint single = real is float and n > LANES_LIMIT and not covariances and q != NULL
     cdef bint copy_p = real is float or not in_place(p, type_tag)
     cdef bint copy_q = q != NULL and (real is float or not in_place(q, type_tag))
     cdef Panels a
@@ -724,7 +713,14 @@ cdef inline int panels_rows(const Batch *batch, npy_intp first, npy_intp last, c
             break
         for i in range(n):
             a.t[i] = (a.diagonal_p[i] - a.diagonal_q[i]) * a.reciprocal[i]
-        kl = divergence(a.diagonal_p, a.diagonal_q, a.t, squares, n)
+        kl = NAN
+        if n <= LANES_LIMIT:
+            squares = squares_in_tiles(NULL if q == NULL else a.x, a.size,
+                                       <const double *> w.factor_p.data, w.factor_p.stride, a.shift,
+                                       n)
+            kl = sum_as_lanes(a.t, a.diagonal_p, a.reciprocal, squares, n)
+        if not isfinite(kl):
+            kl = divergence(a.diagonal_p, a.diagonal_q, a.t, squares, n)
         if not isfinite(kl):
             status |= settle(&kl, improper(a.diagonal_p, a.diagonal_q, 1, n), p, q, item, n,
                              type_tag)
@@ -733,24 +729,34 @@ cdef inline int panels_rows(const Batch *batch, npy_intp first, npy_intp last, c
     return status
 
 
+cdef inline npy_intp end_of_lanes(npy_intp first, npy_intp last, npy_intp n) noexcept nogil:
+    """Where the items end that go side by side: few that fill no lanes are faster one by one."""
+    cdef npy_intp rest = (last - first) % LANES
+    if 0 < n <= SMALL:
+        return last
+    if n > LANES_LIMIT or last - first < LANES:
+        return first
+    return last - rest if rest < LANES / 2 else last
+
+
 cdef inline int mvn_rows(const Batch *batch, npy_intp first, npy_intp last, const Kernel *kernel,
                          Watch *watch, real type_tag) noexcept nogil:
     """KL of the items first .. last - 1; `type_tag` only chooses the type. Returns status bits."""
-    cdef npy_intp n = batch.core[0], output = 2 if kernel.options[STANDARD_Q] else 4, count = 1
+    cdef npy_intp n = batch.core[0], output = 2 if kernel.options[STANDARD_Q] else 4
+    cdef npy_intp item, end = end_of_lanes(first, last, n)
     cdef Side p = side(batch, kernel, 0), other
     cdef const Side *q = second_side(batch, kernel, &other)
     cdef char *out = batch.operands[output]
-    cdef int status = ALONE
-    if 0 < n <= SMALL:
-        status = small_rows(batch, first, last, &p, q, n, type_tag)
-    elif n <= LANES_LIMIT:
-        status = lanes_rows(batch, first, last, &p, q, n, type_tag)
-    else:
-        count = last - first
-    while status & ALONE and first < last:
-        if n > LANES_LIMIT or not isfinite((<real *> (out + first * batch.outer[output]))[0]):
-            status |= panels_rows(batch, first, first + count, &p, q, n, watch, type_tag)
-        first += count
+    cdef int status = 0
+    if first < end and n <= SMALL:
+        status = small_rows(batch, first, end, &p, q, n, type_tag)
+    elif first < end:
+        status = lanes_rows(batch, first, end, &p, q, n, type_tag)
+    for item in range(first, end if status & ALONE else first):
+        if not isfinite((<real *> (out + item * batch.outer[output]))[0]):
+            status |= panels_rows(batch, item, item + 1, &p, q, n, watch, type_tag)
+    if end < last:
+        status |= panels_rows(batch, end, last, &p, q, n, watch, type_tag)
     return status & ~ALONE
 
 

@@ -125,7 +125,7 @@ MVN_INLINE void mvn_lanes_cholesky(mvn_vec *a, mvn_vec *reciprocal, ptrdiff_t st
     if (i < n) mvn_lanes_cholesky_rows(a, reciprocal, stride, i, 2);
 }
 
-/* [z | Y] and `squares` = |z|^2 + |Y|^2; q is NULL for N(0, I), with the diagonal of Y alone. */
+/* [z | Y] and `squares` = |z|^2 + |Y|^2; q is NULL for N(0, I). */
 MVN_INLINE void mvn_lanes_whiten(
     const mvn_vec *p, const mvn_vec *q, const mvn_vec *reciprocal, mvn_vec *y, mvn_vec *squares,
     ptrdiff_t stride, ptrdiff_t n) {
@@ -133,7 +133,11 @@ MVN_INLINE void mvn_lanes_whiten(
     for (ptrdiff_t i = 0; i < n; i += 2) {
         const mvn_vec *row = p + i * stride;
         if (q) mvn_lanes_whiten_rows(row, q + i * stride, reciprocal, y, total, stride, i, 2);
-        else mvn_lanes_whiten_standard_rows(row, y, total, stride, i, 2);
+        else mvn_lanes_standard_rows(row, total, stride, i, 2);
+    }
+    if (!q) {
+        memcpy(y, p, n * stride * sizeof *y);
+        for (ptrdiff_t i = 0; i < n; i++) y[i * stride + i + 1] -= 1.0;
     }
     *squares = (total[0] + total[1]) + (total[2] + total[3]);
 }

@@ -365,8 +365,6 @@ cdef inline int lanes_gradient_rows(npy_intp first, npy_intp last, const Side *p
                      group == first or not p.shared, type_tag)
         lanes_whiten(a.factor_p, NULL if q == NULL else a.factor_q, a.reciprocal_q, a.y, &squares,
                      a.stride, a.even)
-        if q == NULL:
-            lanes_copy_below(&a)
         lanes_diagonal(a.y, a.diagonal_y, a.stride, a.even)
         lanes_diagonal(a.y, a.diagonal, a.stride, a.even)
         lanes_divergence(<double *> a.diagonal_p, <double *> a.diagonal_q, <double *> a.diagonal,
@@ -382,14 +380,6 @@ cdef inline int lanes_gradient_rows(npy_intp first, npy_intp last, const Side *p
                 blank_all(r, group + lane, n, type_tag)
     free(a.memory)
     return status
-
-
-cdef inline void lanes_copy_below(const Lanes *a) noexcept nogil:
-    """[mu_p | L_p - I] below the diagonal, which is there already."""
-    cdef npy_intp i, j
-    for i in range(a.even):
-        for j in range(i + 1):
-            a.y[i * a.stride + j] = a.factor_p[i * a.stride + j]
 
 
 # ---- panels -----------------------------------------------------------------------------------
