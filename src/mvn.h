@@ -737,9 +737,9 @@ static int mvn_small_f64(
 
 /* ---- lanes ---------------------------------------------------------------------------------- */
 
-/* Rows, a multiple of 4, up to which items in lanes are faster than one by one. Both have the same
- * bits: every element is one sum over the columns before it, in their order. */
-#define MVN_LANES_LIMIT 64
+/* Rows up to which items go in lanes: about three times as fast as one by one from covariances. Both
+ * have the same bits: every element is one sum over the columns before it, in their order. */
+#define MVN_LANES_LIMIT 128
 #define MVN_BLOCK MVN_COLUMNS /* rows that are taken together */
 #if MVN_LANES == 8 || defined(__aarch64__)
 #define MVN_TILE 4 /* columns: the sums of a tile have registers */

@@ -10,19 +10,19 @@ L_q^-1 L_p = I + Y would not be. No inverse and no determinant is formed.
 Largest relative error from factors up to D = 17: 1e-13 (9e-15 seen), for float32 4e-6 (8e-7 seen);
 from covariances the Cholesky factorisation's own, about D eps cond(S), with the eps of double.
 
-float32 is computed in double from covariances, whose factorisation would lose digits, and up to
-LANES_LIMIT rows, where loading is what costs. Larger factors are taken in float32: vectors hold
+float32 is computed in double from covariances, whose factorisation would lose digits, and below
+SINGLE rows, where loading is what costs. From there on factors are taken in float32: vectors hold
 twice as many numbers. The solve is accurate unless L_q magnifies rounding errors, which a probe
 shows: one more column, L_q s with signs s, is solved along. Where s is not found again to 16 units
 of 2^-24, the item is computed in double.
 
 Diagonal elements of L_q below 2^-1024 are good for equality, 0, but not for accuracy.
 
-Matrices of up to LANES_LIMIT rows lie side by side, one in a SIMD lane each, with a kernel for each
-number of rows up to SMALL; larger ones, and those that fill no lanes, are taken one at a time, in
-panels of rows (mvn.h). Up to LANES_LIMIT rows both have the same bits: formulas for numbers of
-ordinary size, one logarithm for four y_i. What these cannot give is left to panels, which sort out
-bad input and extreme scales.
+Matrices of up to LANES_LIMIT rows in double lie side by side, one in a SIMD lane each, with a kernel
+for each number of rows up to SMALL; all others, and those that fill no lanes, are taken one at a
+time, in panels of rows (mvn.h). Where lanes could be, panels have the same bits: formulas for
+numbers of ordinary size, one logarithm for four y_i. What these cannot give is left to panels, too,
+which sort out bad input and extreme scales.
 """
 
 from libc.math cimport INFINITY, NAN, isfinite, isinf, isnan
@@ -130,6 +130,7 @@ cdef enum:
     MOST_ROWS = 32
     MOST_TOGETHER = 8  # panels that are solved together
     BLOCK = 8          # least panels of a covariance that threads share before they are factorised
+    SINGLE = 65        # rows from which on float32 pays, where it is exact enough
     LARGE = 128        # rows from which on signals are looked for within a matrix
     AHEAD = 160        # rows up to which the next item is asked for: the cache holds both
 
@@ -141,6 +142,16 @@ cdef enum:  # what a kernel's options say
 
 cdef inline bint has_covariances(const Kernel *kernel) noexcept nogil:
     return kernel.options[COV_P] or kernel.options[COV_Q]
+
+
+cdef inline bint in_single(const Kernel *kernel, npy_intp n, real type_tag) noexcept nogil:
+    """Whether factors are taken in float32."""
+    return real is float and n >= SINGLE and not (
+        has_covariances(kernel) or kernel.options[STANDARD_Q])
+
+
+cdef inline bint may_go_in_lanes(const Kernel *kernel, npy_intp n, real type_tag) noexcept nogil:
+    return n <= LANES_LIMIT and not in_single(kernel, n, type_tag)
 
 
 cdef inline Side side(const Batch *batch, const Kernel *kernel, int which) noexcept nogil:
@@ -347,13 +358,13 @@ cdef inline bint in_place(const Side *s, real type_tag) noexcept nogil:
 
 
 cdef inline bint panels_new(Panels *a, npy_intp n, bint copy_p, bint copy_q, bint covariances,
-                            Watch *watch) noexcept nogil:
+                            bint all_together, Watch *watch) noexcept nogil:
     """Room for the panels that the threads have at hand, and for factors to be copied."""
     cdef npy_intp padded = (n + ROWS - 1) // ROWS * ROWS, stride = padded + ROWS, i
     cdef npy_intp square = padded * stride, size = (padded + 2) * ROWS, panels
     a.together = max(<npy_intp> 2, min(<npy_intp> MOST_TOGETHER, n // 512 * 2))
-    if n <= LANES_LIMIT:
-        a.together = n // ROWS + 1  # all
+    if all_together:
+        a.together = n // ROWS + 1
     a.block = max(<npy_intp> BLOCK, padded // ROWS // 8)
     panels = watch.threads * a.together
     if covariances:
@@ -672,10 +683,10 @@ cdef inline bint whiten_single(Whitening *w, npy_intp item, double *squares) noe
 
 
 cdef inline int panels_rows(const Batch *batch, npy_intp first, npy_intp last, const Side *p,
-                            const Side *q, npy_intp n, Watch *watch,
+                            const Side *q, npy_intp n, const Kernel *kernel, Watch *watch,
                             real type_tag) noexcept nogil:
-    cdef bint covariances = p.covariance or (q != NULL and q.covariance)
-    cdef bint single = real is float and n > LANES_LIMIT and not covariances and q != NULL
+    cdef bint covariances = has_covariances(kernel), single = in_single(kernel, n, type_tag)
+    cdef bint as_lanes = may_go_in_lanes(kernel, n, type_tag)
     cdef bint copy_p = real is float or not in_place(p, type_tag)
     cdef bint copy_q = q != NULL and (real is float or not in_place(q, type_tag))
     cdef Panels a
@@ -685,7 +696,7 @@ cdef inline int panels_rows(const Batch *batch, npy_intp first, npy_intp last, c
     cdef npy_intp out_outer = batch.outer[2 if q == NULL else 4], item, i
     cdef bint fresh, trusted
     cdef int status = 0
-    if not panels_new(&a, n, copy_p, copy_q, covariances, watch):
+    if not panels_new(&a, n, copy_p, copy_q, covariances, as_lanes, watch):
         return NO_MEMORY
     w.a, w.p, w.q = &a, p, q
     for item in range(first, last):
@@ -714,7 +725,7 @@ cdef inline int panels_rows(const Batch *batch, npy_intp first, npy_intp last, c
         for i in range(n):
             a.t[i] = (a.diagonal_p[i] - a.diagonal_q[i]) * a.reciprocal[i]
         kl = NAN
-        if n <= LANES_LIMIT:
+        if as_lanes:
             squares = squares_in_tiles(NULL if q == NULL else a.x, a.size,
                                        <const double *> w.factor_p.data, w.factor_p.stride, a.shift,
                                        n)
@@ -729,53 +740,52 @@ cdef inline int panels_rows(const Batch *batch, npy_intp first, npy_intp last, c
     return status
 
 
-cdef inline npy_intp end_of_lanes(npy_intp first, npy_intp last, npy_intp n) noexcept nogil:
+cdef inline npy_intp end_of_lanes(npy_intp first, npy_intp last) noexcept nogil:
     """Where the items end that go side by side: few that fill no lanes are faster one by one."""
     cdef npy_intp rest = (last - first) % LANES
-    if 0 < n <= SMALL:
-        return last
-    if n > LANES_LIMIT or last - first < LANES:
-        return first
-    return last - rest if rest < LANES / 2 else last
+    return last - rest if rest < LANES / 2 or last - first < LANES else last
 
 
 cdef inline int mvn_rows(const Batch *batch, npy_intp first, npy_intp last, const Kernel *kernel,
                          Watch *watch, real type_tag) noexcept nogil:
     """KL of the items first .. last - 1; `type_tag` only chooses the type. Returns status bits."""
     cdef npy_intp n = batch.core[0], output = 2 if kernel.options[STANDARD_Q] else 4
-    cdef npy_intp item, end = end_of_lanes(first, last, n)
+    cdef npy_intp item, end = first
     cdef Side p = side(batch, kernel, 0), other
     cdef const Side *q = second_side(batch, kernel, &other)
     cdef char *out = batch.operands[output]
     cdef int status = 0
-    if first < end and n <= SMALL:
+    if 0 < n <= SMALL:
+        end = last
         status = small_rows(batch, first, end, &p, q, n, type_tag)
-    elif first < end:
-        status = lanes_rows(batch, first, end, &p, q, n, type_tag)
+    elif may_go_in_lanes(kernel, n, type_tag):
+        end = end_of_lanes(first, last)
+        if first < end:
+            status = lanes_rows(batch, first, end, &p, q, n, type_tag)
     for item in range(first, end if status & ALONE else first):
         if not isfinite((<real *> (out + item * batch.outer[output]))[0]):
-            status |= panels_rows(batch, item, item + 1, &p, q, n, watch, type_tag)
+            status |= panels_rows(batch, item, item + 1, &p, q, n, kernel, watch, type_tag)
     if end < last:
-        status |= panels_rows(batch, end, last, &p, q, n, watch, type_tag)
+        status |= panels_rows(batch, end, last, &p, q, n, kernel, watch, type_tag)
     return status & ~ALONE
 
 
 # The kernel that the gufuncs carry.
 
 cdef inline Plan plan_of(const Batch *batch, const Kernel *kernel, double row_ns, double setup,
-                         npy_intp lanes_limit) noexcept nogil:
+                         bint in_lanes) noexcept nogil:
     """`setup`: what share of a row's time a matrix of Q that all rows have in common takes."""
     cdef Plan plan
     cdef bint shared = not kernel.options[STANDARD_Q] and batch.outer[3] == 0
     plan.row_ns, plan.setup_ns = row_ns, setup * row_ns if shared else 0.0
-    plan.splits_rows = batch.core[0] > lanes_limit
+    plan.splits_rows = not in_lanes
     plan.group = 1 if plan.splits_rows else LANES
     return plan
 
 
 cdef inline Plan plan_mvn(const Batch *batch, const Kernel *kernel) noexcept nogil:
     cdef double n = batch.core[0], cube = 0.03 if has_covariances(kernel) else 0.008
-    return plan_of(batch, kernel, 5 + n * (3 + n * (0.9 + cube * n)), 0.4, LANES_LIMIT)
+    return plan_of(batch, kernel, 5 + n * (3 + n * (0.9 + cube * n)), 0.4, n <= LANES_LIMIT)
 
 
 cdef inline int mvn_rows_f32(const Batch *batch, npy_intp first, npy_intp last,

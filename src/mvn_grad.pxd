@@ -667,7 +667,7 @@ cdef inline int panels_gradient_rows(npy_intp first, npy_intp last, const Side *
     cdef npy_intp item, i
     cdef double squares, kl, scale
     cdef int status = 0
-    if not panels_new(&a, n, True, True, r.cov_p or r.cov_q, watch):
+    if not panels_new(&a, n, True, True, r.cov_p or r.cov_q, False, watch):
         return NO_MEMORY
     if not work_new(&w, &a, q == NULL, r.cov_p or r.cov_q):
         free(a.memory)
@@ -712,7 +712,8 @@ cdef inline int gradient_rows(const Batch *batch, npy_intp first, npy_intp last,
 
 cdef inline Plan plan_mvn_gradient(const Batch *batch, const Kernel *kernel) noexcept nogil:
     cdef double n = batch.core[0], cube = 0.2 if has_covariances(kernel) else 0.05
-    return plan_of(batch, kernel, 10 + n * (6 + n * (3 + cube * n)), 0.2, MOST_ROWS_IN_LANES)
+    return plan_of(batch, kernel, 10 + n * (6 + n * (3 + cube * n)), 0.2,
+                   n <= MOST_ROWS_IN_LANES)
 
 
 cdef inline int mvn_gradient_rows_f32(const Batch *batch, npy_intp first, npy_intp last,
