@@ -8,8 +8,8 @@ neighbours, those of a short one not on how it lies either.
 
 from numpy cimport npy_intp
 from sums cimport (
-    COPIED_BYTES, LANES, MAX_GROUPS, MAX_OPERANDS, SHORT_ROW, STRIP, Family, LaneParts, LaneSums,
-    Row, clear_lanes, copy, fill, least, two_sum,
+    COPIED_BYTES, LANES, MAX_GROUPS, MAX_OPERANDS, SHORT_ROW, STRIP, Ahead, Family, LaneParts,
+    LaneSums, Row, clear_lanes, copy, fill, least, two_sum,
 )
 from vecmath cimport INFINITY, larger, real
 
@@ -17,9 +17,9 @@ cdef extern from "transpose.h" nogil:
     void copy_line(const char *line, npy_intp ahead, npy_intp n, char *into)
     void prefetch(const char *data, npy_intp n)
     void transpose_f32(const float *x, npy_intp outer, npy_intp n, npy_intp rows, float *into,
-                       npy_intp width, npy_intp ahead)
+                       npy_intp width)
     void transpose_f64(const double *x, npy_intp outer, npy_intp n, npy_intp rows, double *into,
-                       npy_intp width, npy_intp ahead)
+                       npy_intp width)
 
 cdef enum:
     ROWS_AHEAD = 4             # 8 are no better
@@ -70,13 +70,13 @@ cdef void choose_layout(Rows *rows, int used, real of_type) noexcept nogil:
             rows.outer[operand] == rows.first.length * <npy_intp> sizeof(real))
 
 
-cdef inline void transpose(const real *x, npy_intp outer, int n, int rows, real *into, int width,
-                           npy_intp ahead) noexcept nogil:
+cdef inline void transpose(const real *x, npy_intp outer, int n, int rows, real *into,
+                           int width) noexcept nogil:
     """into[i * width + row] = element i of a row."""
     if real is float:
-        transpose_f32(x, outer, n, rows, into, width, ahead)
+        transpose_f32(x, outer, n, rows, into, width)
     else:
-        transpose_f64(x, outer, n, rows, into, width, ahead)
+        transpose_f64(x, outer, n, rows, into, width)
 
 
 cdef void gather(int format, const char *data, npy_intp outer, npy_intp step, int n, int used,
@@ -92,7 +92,7 @@ cdef void gather(int format, const char *data, npy_intp outer, npy_intp step, in
         return
     for lane in range(1, LANES):
         convert(format, data + (lane if lane < used else 0) * outer, step, n, converted + lane * n)
-    transpose(converted, n, n, LANES, into, width, 0)
+    transpose(converted, n, n, LANES, into, width)
 
 
 cdef inline int strip_length(const Rows *rows, npy_intp start) noexcept nogil:
@@ -129,12 +129,33 @@ cdef void load_rows(const Rows *rows, int operand, npy_intp start, int n,
     cdef int group, width = rows.groups * LANES
     if rows.layout[operand] == Layout.ROWS:
         outer //= sizeof(real)
-        transpose(<const real *> data, outer, n, width, into, width,
-                  width * outer if rows.gapless else 0)
+        transpose(<const real *> data, outer, n, width, into, width)
         return
     for group in range(rows.groups):
         gather(row.format, data + group * LANES * outer, outer, row.step[operand], n, rows.used,
                into + group * LANES, width)
+
+
+cdef inline void ask_for(Ahead *ahead, int first, int last, int n) noexcept nogil:
+    """Ask for what stands for n columns of the operands first .. last - 1, in small portions:
+    memory delivers while there is arithmetic, and in a burst no load finds its place."""
+    cdef int operand
+    for operand in range(first, last if ahead != NULL else first):
+        prefetch(ahead.data[operand], n * ahead.step)
+        ahead.data[operand] += n * ahead.step
+
+
+cdef Ahead *rows_ahead(const Rows *rows, Ahead *ahead, real of_type) noexcept nogil:
+    """The rows of the next band, if those of this one follow each other: processors do not foresee
+    the way through them. NULL: they do not, or are long."""
+    cdef const Row *row = &rows.first
+    cdef int operand
+    if not rows.gapless or row.length > STRIP:
+        return NULL
+    ahead.step = LANES * sizeof(real)
+    for operand in range(row.n_operands):
+        ahead.data[operand] = row.data[operand] + rows.groups * row.length * ahead.step
+    return ahead
 
 
 cdef inline void prefetch_columns(const real *x, npy_intp step, int n, int ahead) noexcept nogil:
@@ -170,18 +191,18 @@ cdef void load_strip(const Rows *rows, npy_intp start, int n, real *buffer, cons
 
 
 cdef void columns(const Row *row, const real **x, const npy_intp *step, int n, int groups,
-                  int together, LaneParts *into) noexcept nogil:
+                  int together, Ahead *ahead, LaneParts *into) noexcept nogil:
     """Add n columns of groups that lie side by side: `together` of each group, then the next."""
     cdef const real *at[2]
     cdef int group
     if row.family == Family.NORMAL:
         normal_columns(x, step, n, groups, together, row, into)
     elif row.family == Family.DISCRETE:
-        discrete_columns(x, step, n, groups, together, row.normalize, into)
+        discrete_columns(x, step, n, groups, together, row.normalize, ahead, into)
     else:
         for group in range(groups):
             at[0], at[1] = x[0] + group * LANES, x[1] + group * LANES
-            categorical_columns(at, step, n, &into[group])
+            categorical_columns(at, step, n, ahead, &into[group])
 
 
 # Strips of LANES rows, put together side by side as add_part does it for one row.
@@ -308,8 +329,8 @@ cdef inline bint all_wanted(const Band *band) noexcept nogil:
     return True
 
 
-cdef void sum_strip(Band *band, int n, const real **x, const npy_intp *step,
-                    int together) noexcept nogil:
+cdef void sum_strip(Band *band, int n, const real **x, const npy_intp *step, int together,
+                    Ahead *ahead) noexcept nogil:
     """The sums of n columns, of the groups that are wanted."""
     cdef const real *at[MAX_OPERANDS]
     cdef int i, group = 0, operand, groups = band.rows.groups if all_wanted(band) else 1
@@ -319,7 +340,7 @@ cdef void sum_strip(Band *band, int n, const real **x, const npy_intp *step,
                 at[operand] = x[operand] + group * LANES
             for i in range(group, group + groups):
                 clear_lanes(&band.parts[i].sums)
-            columns(&band.rows.first, at, step, n, groups, together, &band.parts[group])
+            columns(&band.rows.first, at, step, n, groups, together, ahead, &band.parts[group])
         group += groups
 
 
@@ -329,21 +350,22 @@ cdef inline int columns_together(const Row *row) noexcept nogil:
     return 8 // row.n_operands
 
 
-cdef void sum_band(Band *band, real *buffer, const real **x, npy_intp *step) noexcept nogil:
+cdef void sum_band(Band *band, real *buffer, const real **x, npy_intp *step,
+                   Ahead *ahead) noexcept nogil:
     """The sums of the groups that are wanted."""
     cdef const Row *row = &band.rows.first
     cdef npy_intp start = 0
     cdef int n, group, together = STRIP
     if row.length <= STRIP:
         load_strip(&band.rows, 0, <int> row.length, buffer, x, step)
-        sum_strip(band, <int> row.length, x, step, <int> row.length)
+        sum_strip(band, <int> row.length, x, step, <int> row.length, ahead)
         return
     if is_read_in_place(&band.rows):
         together = columns_together(row)
     while start < row.length:
         n = strip_length(&band.rows, start)
         load_strip(&band.rows, start, n, buffer, x, step)
-        sum_strip(band, n, x, step, together)
+        sum_strip(band, n, x, step, together, NULL)
         for group in range(band.rows.groups):
             if band.wanted[group]:
                 add_strip(&band.whole[group], &band.parts[group], start == 0,
@@ -354,7 +376,7 @@ cdef void sum_band(Band *band, real *buffer, const real **x, npy_intp *step) noe
             take_whole(&band.whole[group], &band.parts[group])
 
 
-cdef bint sum_gapless(Band *band, real of_type) noexcept nogil:
+cdef bint sum_gapless(Band *band, Ahead *ahead, real of_type) noexcept nogil:
     """The same from where the rows lie; False where it cannot be had."""
     cdef const Row *row = &band.rows.first
     cdef const real *x[MAX_OPERANDS]
@@ -363,7 +385,7 @@ cdef bint sum_gapless(Band *band, real of_type) noexcept nogil:
         return False
     for operand in range(MAX_OPERANDS):
         x[operand] = <const real *> row.data[operand]
-    return normal_gapless(x, <int> row.length, band.rows.groups, row, band.parts)
+    return normal_gapless(x, <int> row.length, band.rows.groups, row, ahead, band.parts)
 
 
 cdef inline void finish_lanes_of(const Row *row, const LaneParts *parts, int groups,
@@ -459,7 +481,7 @@ cdef void refine_band(Band *band, real *buffer, const real **x, npy_intp *step, 
             choose_ratios(&band.parts[group], conditions + group * LANES)
             refine = True
     if refine:
-        sum_band(band, buffer, x, step)
+        sum_band(band, buffer, x, step, NULL)
     for group in range(band.rows.groups):
         if band.wanted[group]:
             finish_again(&band.rows.first, &band.parts[group], values + group * LANES,
@@ -473,9 +495,11 @@ cdef void band_values(Band *band, double *values, double *conditions, real of_ty
     cdef const Row *row = &band.rows.first
     cdef const real *x[MAX_OPERANDS]
     cdef npy_intp step[MAX_OPERANDS]
+    cdef Ahead next_band
+    cdef Ahead *ahead = rows_ahead(&band.rows, &next_band, of_type)
     begin_band(band)
-    if not sum_gapless(band, of_type):
-        sum_band(band, <real *> buffer, x, step)
+    if not sum_gapless(band, ahead, of_type):
+        sum_band(band, <real *> buffer, x, step, ahead)
     finish_lanes(row, band.parts, band.rows.groups, values, conditions)
     if can_refine(row):
         refine_band(band, <real *> buffer, x, step, values, conditions)

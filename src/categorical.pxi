@@ -25,7 +25,7 @@ from gufunc cimport Watch, is_unwanted
 from libc.math cimport exp as libm_exp, expm1 as libm_expm1, log, sqrt
 from numpy cimport npy_intp
 from sums cimport (
-    BLOCK, LANES, STRIP, LaneParts, LaneSums, Row, Slope, Sums, Trait, across, add, add_lanes,
+    BLOCK, LANES, STRIP, Ahead, LaneParts, LaneSums, Row, Slope, Sums, Trait, across, add, add_lanes,
     clear, clear_lanes, copy,
     divergence_of, element, fill, fold, keep_from, largest, least, round_off, run_length, two_sum,
 )
@@ -158,7 +158,8 @@ cdef inline real weight_of(int loop, real a, const real *constants, int lane) no
 
 cdef inline void weigh_run(int loop, bint both, const real *a, const real *b, npy_intp step_a,
                            npy_intp step_b, int n, int first, const real *constants, real *weights,
-                           real *lowest, real *highest, real *reach, Weighed *into) noexcept nogil:
+                           real *lowest, real *highest, real *reach, Ahead *ahead,
+                           Weighed *into) noexcept nogil:
     """Add n terms of each lane."""
     cdef int lane, i
     cdef real x, w, low, high, part, inf = <real> INFINITY, nan = <real> NAN
@@ -170,6 +171,7 @@ cdef inline void weigh_run(int loop, bint both, const real *a, const real *b, np
     for lane in range(LANES):
         total[lane] = moment[lane] = square[lane] = other[lane] = 0
     for i in range(n):
+        ask_for(ahead, 0, 1, 1)
         for lane in range(LANES):
             x = a[i * step_a + lane]
             weight[lane] = weight_of(loop, x, constants, lane)
@@ -202,7 +204,7 @@ cdef inline void weigh_run(int loop, bint both, const real *a, const real *b, np
 
 cdef inline void weigh(int loop, bint both, const real *a, const real *b, npy_intp step_a,
                        npy_intp step_b, int n, int first, const real *constants, real *weights,
-                       real *extremes, Weighed *into) noexcept nogil:
+                       real *extremes, Ahead *ahead, Weighed *into) noexcept nogil:
     """The weights of n terms of each lane, and of the lanes from `first` on, if it is not 0, of one
     more, from a vector that overlaps the last; their sums, and where values lie. `both`: e^b, too.
     """
@@ -222,12 +224,12 @@ cdef inline void weigh(int loop, bint both, const real *a, const real *b, npy_in
     while n > 0:
         length = run_length(n, 1, <real> 0)
         weigh_run(loop, both, a, b, step_a, step_b, length, 0, constants, weights, lowest, highest,
-                  reach, &sums)
+                  reach, ahead, &sums)
         a, b, n = a + length * step_a, b + length * step_b, n - length
         weights += length * LANES
     if first:
         weigh_run(loop, both, a - first, b - first, step_a, step_b, 1, first, constants, weights,
-                  lowest, highest, reach, &sums)
+                  lowest, highest, reach, NULL, &sums)
     copy(lowest, extremes + LOWEST)
     copy(highest, extremes + HIGHEST)
     copy(reach, extremes + REACH)
@@ -272,7 +274,8 @@ cdef inline real far_term(real a, real b, real p, const real *constants, int lan
 
 cdef inline void diverge_run(int loop, bint offset, const real *a, const real *b, npy_intp step_a,
                              npy_intp step_b, int n, int first, const real *weights,
-                             const real *constants, real *infinite, LaneSums *into) noexcept nogil:
+                             const real *constants, real *infinite, Ahead *ahead,
+                             LaneSums *into) noexcept nogil:
     """Add n terms of each lane; weights before `first` are 0, and were summed before. `offset`: y
     needs a second part."""
     cdef int lane, i
@@ -284,6 +287,7 @@ cdef inline void diverge_run(int loop, bint offset, const real *a, const real *b
     for lane in range(LANES):
         divergence[lane] = drift[lane] = 0
     for i in range(n):
+        ask_for(ahead, 1, 2, 1)
         for lane in range(LANES):
             p, x, z = weights[i * LANES + lane], a[i * step_a + lane], b[i * step_b + lane]
             if loop == Loop.FAR:
@@ -311,18 +315,20 @@ cdef inline void diverge_run(int loop, bint offset, const real *a, const real *b
 
 cdef inline void diverge(int loop, bint offset, const real *a, const real *b, npy_intp step_a,
                          npy_intp step_b, int n, int first, const real *weights,
-                         const real *constants, real *infinite, LaneSums *into) noexcept nogil:
+                         const real *constants, real *infinite, Ahead *ahead,
+                         LaneSums *into) noexcept nogil:
     """Add n terms of each lane, and one more as `weigh`."""
     cdef int length
     while n > 0:
         length = run_length(n, 1, <real> 0)
         diverge_run(
-            loop, offset, a, b, step_a, step_b, length, 0, weights, constants, infinite, into)
+            loop, offset, a, b, step_a, step_b, length, 0, weights, constants, infinite, ahead,
+            into)
         a, b, n = a + length * step_a, b + length * step_b, n - length
         weights += length * LANES
     if first:
         diverge_run(loop, offset, a - first, b - first, step_a, step_b, 1, first, weights,
-                    constants, infinite, into)
+                    constants, infinite, NULL, into)
 
 
 cdef inline bint is_plain(double lowest, double highest, double beta, real of_type) noexcept nogil:
@@ -375,38 +381,46 @@ cdef inline double farthest_from(double shift, double lowest, double highest,
 
 cdef void weigh_loop(int loop, bint both, const real *a, const real *b, npy_intp step_a,
                      npy_intp step_b, int n, int first, const real *constants, real *weights,
-                     real *extremes, Weighed *into) noexcept nogil:
+                     real *extremes, Ahead *ahead, Weighed *into) noexcept nogil:
     if loop <= Loop.PLAIN and both:
-        weigh(Loop.PLAIN, True, a, b, step_a, step_b, n, first, constants, weights, extremes, into)
+        weigh(Loop.PLAIN, True, a, b, step_a, step_b, n, first, constants, weights, extremes,
+              ahead, into)
     elif loop <= Loop.PLAIN:
-        weigh(Loop.PLAIN, False, a, b, step_a, step_b, n, first, constants, weights, extremes, into)
+        weigh(Loop.PLAIN, False, a, b, step_a, step_b, n, first, constants, weights, extremes,
+              ahead, into)
     elif loop == Loop.EXACT:
-        weigh(Loop.EXACT, False, a, b, step_a, step_b, n, first, constants, weights, extremes, into)
+        weigh(Loop.EXACT, False, a, b, step_a, step_b, n, first, constants, weights, extremes,
+              ahead, into)
     else:
-        weigh(Loop.FAR, False, a, b, step_a, step_b, n, first, constants, weights, extremes, into)
+        weigh(Loop.FAR, False, a, b, step_a, step_b, n, first, constants, weights, extremes,
+              ahead, into)
 
 
 cdef void diverge_loop(int loop, bint offset, const real *a, const real *b, npy_intp step_a,
                        npy_intp step_b, int n, int first, const real *weights,
-                       const real *constants, real *infinite, LaneSums *into) noexcept nogil:
+                       const real *constants, real *infinite, Ahead *ahead,
+                       LaneSums *into) noexcept nogil:
     if loop == Loop.NEAR and offset:
-        diverge(Loop.NEAR, True, a, b, step_a, step_b, n, first, weights, constants, infinite, into)
+        diverge(Loop.NEAR, True, a, b, step_a, step_b, n, first, weights, constants, infinite, ahead,
+                into)
     elif loop == Loop.NEAR:
         diverge(Loop.NEAR, False, a, b, step_a, step_b, n, first, weights, constants,
-                infinite, into)
+                infinite, ahead, into)
     elif loop == Loop.PLAIN and offset:
         diverge(Loop.PLAIN, True, a, b, step_a, step_b, n, first, weights, constants,
-                infinite, into)
+                infinite, ahead, into)
     elif loop == Loop.PLAIN:
         diverge(Loop.PLAIN, False, a, b, step_a, step_b, n, first, weights, constants,
-                infinite, into)
+                infinite, ahead, into)
     elif loop == Loop.UNIT:
-        diverge(Loop.UNIT, True, a, b, step_a, step_b, n, first, weights, constants, infinite, into)
+        diverge(Loop.UNIT, True, a, b, step_a, step_b, n, first, weights, constants, infinite, ahead,
+                into)
     elif loop == Loop.EXACT:
         diverge(Loop.EXACT, True, a, b, step_a, step_b, n, first, weights, constants,
-                infinite, into)
+                infinite, ahead, into)
     else:
-        diverge(Loop.FAR, True, a, b, step_a, step_b, n, first, weights, constants, infinite, into)
+        diverge(Loop.FAR, True, a, b, step_a, step_b, n, first, weights, constants, infinite, ahead,
+                into)
 
 
 cdef inline void widest_range(const real *a, int n, double *lowest, double *highest) noexcept nogil:
@@ -462,13 +476,13 @@ cdef inline bint weigh_plainly(const real **x, int n, const real *constants, rea
     cdef bint both = True
     if begin:
         weigh_loop(Loop.PLAIN, True, x[0], x[1], LANES, LANES, begin, 0, constants, weights,
-                   extremes, sums)
+                   extremes, NULL, sums)
         if not largest(extremes + REACH) < limit:
             return False
         both = far_divergence(sums, extremes) > 0
     weigh_loop(Loop.PLAIN, both, x[0] + begin * LANES, x[1] + begin * LANES, LANES, LANES,
                steps - begin, (LANES - n % LANES) % LANES, constants, weights + begin * LANES,
-               extremes, sums)
+               extremes, NULL, sums)
     if not largest(extremes + REACH) < limit:
         return False
     divergence[0] = far_divergence(sums, extremes) if both else 0
@@ -491,7 +505,7 @@ cdef inline int weigh_block(const real **x, int n, double beta, real *constants,
     fill(&constants[PEAK], <real> peak[0])
     weigh_nothing(extremes, sums)
     weigh_loop(loop, False, x[0], x[1], LANES, LANES, n // LANES, (LANES - n % LANES) % LANES,
-               constants, weights, extremes, sums)
+               constants, weights, extremes, NULL, sums)
     return loop
 
 
@@ -528,7 +542,7 @@ cdef void categorical_block(const real **x, int n, double beta, Sums *into) noex
     fill(infinite, <real> 0)
     clear_lanes(&lanes)
     diverge_loop(loop, offset, x[0], x[1], LANES, LANES, n // LANES, (LANES - n % LANES) % LANES,
-                 weights, constants, infinite, &lanes)
+                 weights, constants, infinite, NULL, &lanes)
     copy(sums.weight, lanes.weight)
     add_lanes(into, &lanes)
     into.doubtful |= loop == Loop.FAR and largest(infinite) > 0
@@ -552,7 +566,7 @@ cdef int choose_peaks(const real **x, const npy_intp *step, int n, int *loops, r
 
 
 cdef int weigh_columns(const real **x, const npy_intp *step, int n, int *loops, real *constants,
-                       real *weights, LaneParts *into) noexcept nogil:
+                       real *weights, Ahead *ahead, LaneParts *into) noexcept nogil:
     """The first phase of LANES rows, and the shifts that it gives. Returns the loop for them."""
     cdef real extremes[EXTREMES]
     cdef real high_b[LANES]
@@ -569,13 +583,13 @@ cdef int weigh_columns(const real **x, const npy_intp *step, int n, int *loops, 
     if plain:
         weigh_nothing(extremes, &sums)
         weigh_loop(Loop.PLAIN, False, x[0], x[1], step[0], step[1], n, 0, constants, weights,
-                   extremes, &sums)
+                   extremes, ahead, &sums)
         plain = largest(extremes + REACH) < offset_limit(extremes[0])
     if not plain:
         loop = choose_peaks(x, step, n, loops, constants, high_b, into)
         weigh_nothing(extremes, &sums)
         weigh_loop(loop, False, x[0], x[1], step[0], step[1], n, 0, constants, weights, extremes,
-                   &sums)
+                   NULL, &sums)
     copy(sums.weight, into.sums.weight)
     for lane in range(LANES):
         into.shift[lane] = choose_shift(
@@ -612,7 +626,8 @@ cdef void diverge_columns(const real **x, const npy_intp *step, int n, int *loop
             continue
         clear_lanes(&sums)
         diverge_loop(
-            loop, True, x[0], x[1], step[0], step[1], n, 0, weights, constants, infinite, &sums)
+            loop, True, x[0], x[1], step[0], step[1], n, 0, weights, constants, infinite, NULL,
+            &sums)
         for lane in range(LANES):
             if loops[lane] == loop:
                 into.sums.divergence[lane] = sums.divergence[lane]
@@ -621,7 +636,7 @@ cdef void diverge_columns(const real **x, const npy_intp *step, int n, int *loop
                     into.doubtful[lane] = 1
 
 
-cdef void categorical_columns(const real **x, const npy_intp *step, int n,
+cdef void categorical_columns(const real **x, const npy_intp *step, int n, Ahead *ahead,
                               LaneParts *into) noexcept nogil:
     """The sums of n <= STRIP elements of each of LANES rows, relative to a shift and a peak of each
     row's own; elements lie `step` apart. A row's bits do not depend on its neighbours."""
@@ -631,13 +646,13 @@ cdef void categorical_columns(const real **x, const npy_intp *step, int n,
     cdef int loops[LANES]
     cdef int common = Loop.FAR
     fill(infinite, <real> 0)
-    if weigh_columns(x, step, n, loops, constants, weights, into) == Loop.PLAIN:
+    if weigh_columns(x, step, n, loops, constants, weights, ahead, into) == Loop.PLAIN:
         common = common_loop(Loop.PLAIN, into.farthest, <real> 0)
     if common == Loop.FAR:
         diverge_columns(x, step, n, loops, weights, constants, infinite, into)
     else:
         diverge_loop(common, True, x[0], x[1], step[0], step[1], n, 0, weights, constants,
-                     infinite, &into.sums)
+                     infinite, ahead, &into.sums)
 
 
 cdef inline double peak_of(const Row *row, Watch *watch, int operand) noexcept nogil:

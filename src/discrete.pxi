@@ -17,8 +17,8 @@ from gufunc cimport Watch, is_unwanted
 from libc.math cimport fabs, frexp, ldexp, log, log1p
 from numpy cimport npy_intp
 from sums cimport (
-    LANES, MAX_GROUPS, MOST_STEPS, RUN, Format, LaneParts, LaneSums, Row, Slope, Sums, Trait, add,
-    add_lanes, add_lanes_exactly, clear, clear_lanes, copy, divergence_of, element, fill, fold,
+    LANES, MAX_GROUPS, MOST_STEPS, RUN, Ahead, Format, LaneParts, LaneSums, Row, Slope, Sums, Trait,
+    add, add_lanes, add_lanes_exactly, clear, clear_lanes, copy, divergence_of, element, fill, fold,
     keep_from, largest, least, run_length, round_off, steps_together, two_sum,
 )
 from vecmath cimport (
@@ -111,7 +111,7 @@ cdef inline void add_steps(const real *p, const real *q, npy_intp step_p, npy_in
 
 cdef inline void discrete_run(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
                               int steps, int first, bint scaled, const real *ratios,
-                              real *lowest_so_far, LaneSums *into) noexcept nogil:
+                              real *lowest_so_far, Ahead *ahead, LaneSums *into) noexcept nogil:
     """Add n terms of each of the lanes first..LANES-1."""
     cdef int lane
     cdef real weight[LANES]
@@ -122,9 +122,11 @@ cdef inline void discrete_run(const real *p, const real *q, npy_intp step_p, npy
     for lane in range(LANES):
         weight[lane] = divergence[lane] = excess[lane] = 0
     while n >= steps:
+        ask_for(ahead, 0, 2, steps)
         add_steps(p, q, step_p, step_q, steps, scaled, ratios, lowest, weight, divergence, excess)
         p, q, n = p + steps * step_p, q + steps * step_q, n - steps
     if n > 0:
+        ask_for(ahead, 0, 2, n)
         add_steps(p, q, step_p, step_q, n, scaled, ratios, lowest, weight, divergence, excess)
     copy(lowest, lowest_so_far)
     for lane in range(LANES):
@@ -188,60 +190,62 @@ cdef inline void plain_run(const real *p, const real *q, npy_intp step_p, npy_in
 
 cdef inline void any_run(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
                          int steps, int first, bint scaled, bint normalize, const real *ratio,
-                         real *lowest, LaneSums *into) noexcept nogil:
+                         real *lowest, Ahead *ahead, LaneSums *into) noexcept nogil:
     if normalize:
-        discrete_run(p, q, step_p, step_q, n, steps, first, scaled, ratio, lowest, into)
+        discrete_run(p, q, step_p, step_q, n, steps, first, scaled, ratio, lowest, ahead, into)
     else:
+        ask_for(ahead, 0, 2, n)
         plain_run(p, q, step_p, step_q, n, first, lowest, into)
 
 
 cdef inline void discrete_runs(const real *p, const real *q, npy_intp step_p, npy_intp step_q,
                                int n, int first, bint scaled, bint normalize, const real *ratio,
-                               real *lowest, LaneSums *into) noexcept nogil:
+                               real *lowest, Ahead *ahead, LaneSums *into) noexcept nogil:
     """Add n terms of each lane, and of the lanes from `first` on, if it is not 0, one more, from a
     vector that overlaps the last."""
     cdef int length
     while n > 0:
         length = run_length(n, 2 if normalize else 1, <real> 0)
         any_run(p, q, step_p, step_q, length, steps_together(<real> 0), 0, scaled, normalize, ratio,
-                lowest, into)
+                lowest, ahead, into)
         p, q, n = p + length * step_p, q + length * step_q, n - length
     if first:
         any_run(p - first, q - first, step_p, step_q, 1, 1, first, scaled, normalize, ratio, lowest,
-                into)
+                NULL, into)
 
 
 cdef inline void discrete_groups(const real *p, const real *q, npy_intp step_p, npy_intp step_q,
-                                 int n, int groups, int ahead, int first, bint scaled,
-                                 bint normalize, const real *ratio, real *lowest,
+                                 int n, int groups, int more, int first, bint scaled,
+                                 bint normalize, const real *ratio, real *lowest, Ahead *ahead,
                                  LaneParts *into) noexcept nogil:
     cdef int group, at
     for group in range(groups):
         at = group * LANES
-        prefetch_columns(p + at, step_p, n, ahead)
-        prefetch_columns(q + at, step_q, n, ahead)
-        if ahead and normalize:
+        prefetch_columns(p + at, step_p, n, more)
+        prefetch_columns(q + at, step_q, n, more)
+        if more and normalize:
             discrete_run(p + at, q + at, step_p, step_q, n, 1, 0, scaled, ratio + at,
-                         lowest + at, &into[group].sums)
+                         lowest + at, NULL, &into[group].sums)
         else:
             discrete_runs(p + at, q + at, step_p, step_q, n, first, scaled, normalize, ratio + at,
-                          lowest + at, &into[group].sums)
+                          lowest + at, ahead, &into[group].sums)
 
 
 cdef void discrete_loop(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
-                        int groups, int ahead, int first, bint scaled, bint normalize,
-                        const real *ratio, real *lowest, LaneParts *into) noexcept nogil:
-    """Add n terms of each lane of groups that lie side by side, and ask for so many of those that
-    follow; `first`: as discrete_runs."""
+                        int groups, int more, int first, bint scaled, bint normalize,
+                        const real *ratio, real *lowest, Ahead *ahead,
+                        LaneParts *into) noexcept nogil:
+    """Add n terms of each lane of groups that lie side by side, and ask for so many more of their
+    terms and for what is `ahead`; `first`: as discrete_runs."""
     if not normalize:
-        discrete_groups(p, q, step_p, step_q, n, groups, ahead, first, False, False, ratio, lowest,
-                        into)
+        discrete_groups(p, q, step_p, step_q, n, groups, more, first, False, False, ratio, lowest,
+                        ahead, into)
     elif scaled:
-        discrete_groups(p, q, step_p, step_q, n, groups, ahead, first, True, True, ratio, lowest,
-                        into)
+        discrete_groups(p, q, step_p, step_q, n, groups, more, first, True, True, ratio, lowest,
+                        ahead, into)
     else:
-        discrete_groups(p, q, step_p, step_q, n, groups, ahead, first, False, True, ratio, lowest,
-                        into)
+        discrete_groups(p, q, step_p, step_q, n, groups, more, first, False, True, ratio, lowest,
+                        ahead, into)
 
 
 cdef void lower_margins(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
@@ -279,7 +283,7 @@ cdef void discrete_block(const real **x, int n, bint normalize, double ratio,
     fill(ratios, <real> ratio)
     fill(lowest, <real> 1)
     discrete_loop(x[0], x[1], LANES, LANES, n // LANES, 1, 0, first, scaled, normalize, ratios,
-                  lowest, &lanes)
+                  lowest, NULL, &lanes)
     if normalize:
         add_lanes(into, &lanes.sums)
     else:
@@ -304,7 +308,7 @@ cdef void doubt_columns(const real *p, const real *q, npy_intp step_p, npy_intp 
 
 
 cdef void discrete_columns(const real **x, const npy_intp *step, int n, int groups, int together,
-                           bint normalize, LaneParts *into) noexcept nogil:
+                           bint normalize, Ahead *ahead, LaneParts *into) noexcept nogil:
     """Add n elements of each of LANES rows; elements lie `step` apart. Groups side by side, either
     all scaled or none: `together` elements of each group, then the next."""
     cdef real ratios[MAX_GROUPS * LANES]
@@ -317,7 +321,7 @@ cdef void discrete_columns(const real **x, const npy_intp *step, int n, int grou
     while start < n:
         discrete_loop(x[0] + start * step[0], x[1] + start * step[1], step[0], step[1],
                       min(together, n - start), groups, together if together < n else 0, 0,
-                      into.scaled, normalize, ratios, lowest, into)
+                      into.scaled, normalize, ratios, lowest, ahead, into)
         start += together
     for group in range(groups):
         at = group * LANES

@@ -9,7 +9,7 @@ and threads may take pieces of one row in any order.
 
 from gufunc cimport Batch, Kernel, Plan, Watch, is_unwanted, look_for_signals
 from libc.string cimport memset
-from sums cimport BLOCK, LANES, MAX_OPERANDS, Family, Row, Slope, Sums
+from sums cimport BLOCK, LANES, MAX_OPERANDS, Ahead, Family, Row, Slope, Sums
 
 cdef enum:
     MAX_CONSTANTS = 8 * LANES    # of LANES rows' slopes, in any family
@@ -256,9 +256,10 @@ cdef void sum_group(Group *group, real *buffer, const real **x, npy_intp *step) 
     cdef const Row *row = &group.band.rows.first
     cdef double before[LANES]
     cdef int lane, attempt
+    cdef Ahead ahead
     fill(before, <double> -1)
     begin_band(&group.band)
-    sum_band(&group.band, buffer, x, step)
+    sum_band(&group.band, buffer, x, step, rows_ahead(&group.band.rows, &ahead, buffer[0]))
     finish_lanes(row, group.band.parts, 1, group.values, group.conditions)
     for attempt in range(2):
         for lane in range(LANES):

@@ -71,6 +71,10 @@ ctypedef struct LaneParts:      # of LANES rows: a part of each
     bint scaled                 # whether any is not 1
     double doubtful[LANES]      # 0 or 1, for vectors
 
+ctypedef struct Ahead:          # where the rows lie that come next, to be asked for along the way
+    const char *data[MAX_OPERANDS]
+    npy_intp step               # bytes for each column of the rows at hand
+
 
 ctypedef struct Slope:          # what the gradients of a row's elements are made of
     double cotangent            # of the row's value

@@ -1,6 +1,5 @@
 /* Rows of n elements, `outer` elements apart, into n columns, `width` elements apart: blocks of 4
- * columns in vectors, then pairs; what is last overlaps what is before it. Of rows without gaps, as
- * much is asked for `ahead` elements further on: processors do not foresee the way through them. */
+ * columns in vectors, then pairs; what is last overlaps what is before it. */
 #ifndef KLFAST_TRANSPOSE_H
 #define KLFAST_TRANSPOSE_H
 
@@ -107,12 +106,10 @@ KLFAST_BLOCK(pair, double, 2, f64)
 
 #define KLFAST_TRANSPOSE(name, type, real, step)                                                 \
     static inline void name##_##type(const real *x, ptrdiff_t outer, ptrdiff_t n,                \
-                                     ptrdiff_t rows, real *into, ptrdiff_t width,                \
-                                     ptrdiff_t ahead) {                                          \
+                                     ptrdiff_t rows, real *into, ptrdiff_t width) { \
         for (ptrdiff_t first = 0; first < rows; first += step) {                                 \
             ptrdiff_t i = 0;                                                                     \
             for (; i + 4 <= n; i += 4) {                                                         \
-                if (ahead) prefetch((const char *)(x + ahead + i * step), 4 * step * sizeof *x); \
                 block_##type(x + i, outer, width, into + i * width);                             \
             }                                                                                    \
             for (; i < n && n > 1; i += 2) {                                                     \
@@ -164,16 +161,14 @@ static inline void wide_block_f64(const double *x, ptrdiff_t outer, ptrdiff_t wi
 
 #define KLFAST_WIDE_TRANSPOSE(type, real, step)                                                  \
     static inline void transpose_##type(const real *x, ptrdiff_t outer, ptrdiff_t n,             \
-                                        ptrdiff_t rows, real *into, ptrdiff_t width,             \
-                                        ptrdiff_t ahead) {                                       \
+                                        ptrdiff_t rows, real *into, ptrdiff_t width) { \
         if (n < 4) {                                                                             \
-            narrow_##type(x, outer, n, rows, into, width, ahead);                                \
+            narrow_##type(x, outer, n, rows, into, width);                                \
             return;                                                                              \
         }                                                                                        \
         for (ptrdiff_t first = 0; first < rows; first += step) {                                 \
             for (ptrdiff_t i = 0; i < n; i += 4) {                                               \
                 ptrdiff_t at = i + 4 <= n ? i : n - 4;                                           \
-                if (ahead) prefetch((const char *)(x + ahead + i * step), 4 * step * sizeof *x); \
                 wide_block_##type(x + at, outer, width, into + at * width);                      \
             }                                                                                    \
             x += step * outer;                                                                   \
