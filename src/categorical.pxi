@@ -25,9 +25,9 @@ from gufunc cimport Watch, is_unwanted
 from libc.math cimport exp as libm_exp, expm1 as libm_expm1, log, sqrt
 from numpy cimport npy_intp
 from sums cimport (
-    BLOCK, LANES, STRIP, Ahead, LaneParts, LaneSums, Row, Slope, Sums, Trait, across, add, add_lanes,
-    clear, clear_lanes, copy,
-    divergence_of, element, fill, fold, keep_from, largest, least, round_off, run_length, two_sum,
+    BLOCK, LANES, STRIP, Ahead, LaneParts, LaneSums, Row, Slope, Sums, Trait, across, add,
+    add_lanes, clear, clear_lanes, copy, divergence_of, element, fill, fold, keep_from, largest,
+    least, round_off, run_length, two_sum,
 )
 from vecmath cimport (
     INFINITY, NAN, exp, expm1, larger, magnitude, phi, phi_near, real, residual_product,
@@ -401,8 +401,8 @@ cdef void diverge_loop(int loop, bint offset, const real *a, const real *b, npy_
                        const real *constants, real *infinite, Ahead *ahead,
                        LaneSums *into) noexcept nogil:
     if loop == Loop.NEAR and offset:
-        diverge(Loop.NEAR, True, a, b, step_a, step_b, n, first, weights, constants, infinite, ahead,
-                into)
+        diverge(Loop.NEAR, True, a, b, step_a, step_b, n, first, weights, constants, infinite,
+                ahead, into)
     elif loop == Loop.NEAR:
         diverge(Loop.NEAR, False, a, b, step_a, step_b, n, first, weights, constants,
                 infinite, ahead, into)
@@ -413,8 +413,8 @@ cdef void diverge_loop(int loop, bint offset, const real *a, const real *b, npy_
         diverge(Loop.PLAIN, False, a, b, step_a, step_b, n, first, weights, constants,
                 infinite, ahead, into)
     elif loop == Loop.UNIT:
-        diverge(Loop.UNIT, True, a, b, step_a, step_b, n, first, weights, constants, infinite, ahead,
-                into)
+        diverge(Loop.UNIT, True, a, b, step_a, step_b, n, first, weights, constants, infinite,
+                ahead, into)
     elif loop == Loop.EXACT:
         diverge(Loop.EXACT, True, a, b, step_a, step_b, n, first, weights, constants,
                 infinite, ahead, into)

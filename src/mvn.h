@@ -415,8 +415,8 @@ MVN_INLINE mvn_vec mvn_minus_log(const mvn_terms *a, mvn_bits *bad) {
 }
 
 /* The diagonal block of a covariance, when all to its left is subtracted, becomes that of its
- * factor L; and the reciprocals of the diagonal. S = M D M^T, M with a diagonal of ones: pivots wait
- * for one division each and for no square root. L = M D^(1/2). */
+ * factor L; and the reciprocals of the diagonal. S = M D M^T, M with a diagonal of ones: pivots
+ * wait for one division each and for no square root. L = M D^(1/2). */
 #define MVN_PIVOTS(name, number, root) \
     MVN_INLINE void name(number (*s)[MVN_COLUMNS], number *reciprocal, const int rows) { \
         MVN_UNROLL for (int c = 0; c < rows; c++) { \
@@ -737,8 +737,8 @@ static int mvn_small_f64(
 
 /* ---- lanes ---------------------------------------------------------------------------------- */
 
-/* Rows up to which items go in lanes: about three times as fast as one by one from covariances. Both
- * have the same bits: every element is one sum over the columns before it, in their order. */
+/* Rows up to which items go in lanes, two or three times as fast as one by one. Both have the same
+ * bits: every element is one sum over the columns before it, in their order. */
 #define MVN_LANES_LIMIT 128
 #define MVN_BLOCK MVN_COLUMNS /* rows that are taken together */
 #if MVN_LANES == 8 || defined(__aarch64__)
@@ -1151,11 +1151,10 @@ static inline double mvn_squares_in_tiles(
         for (ptrdiff_t j = 0; j <= end; j += 4) {
             for (ptrdiff_t k = mvn_most(i, j - 1); k < end; k++) {
                 MVN_UNROLL for (int c = 0; c < 4; c++) {
-                    ptrdiff_t at = j + c;
-                    double y = 0.0;
+                    const ptrdiff_t at = j + c;
                     if (at > k + 1) break;
-                    if (x) y = mvn_panels_element(x, size, k, at);
-                    else y = at == 0 ? shift[k] : p[k * stride + at - 1] - (at == k + 1 ? 1.0 : 0.0);
+                    double y = x ? mvn_panels_element(x, size, k, at)
+                        : at == 0 ? shift[k] : p[k * stride + at - 1] - (at == k + 1);
                     total[c] += y * y;
                 }
             }

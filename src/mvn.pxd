@@ -18,9 +18,9 @@ of 2^-24, the item is computed in double.
 
 Diagonal elements of L_q below 2^-1024 are good for equality, 0, but not for accuracy.
 
-Matrices of up to LANES_LIMIT rows in double lie side by side, one in a SIMD lane each, with a kernel
-for each number of rows up to SMALL; all others, and those that fill no lanes, are taken one at a
-time, in panels of rows (mvn.h). Where lanes could be, panels have the same bits: formulas for
+Matrices of up to LANES_LIMIT rows in double lie side by side, one in a SIMD lane each, with a
+kernel for each number of rows up to SMALL; all others, and those that fill no lanes, are taken one
+at a time, in panels of rows (mvn.h). Where lanes could be, panels have the same bits: formulas for
 numbers of ordinary size, one logarithm for four y_i. What these cannot give is left to panels, too,
 which sort out bad input and extreme scales.
 """

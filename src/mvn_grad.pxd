@@ -12,7 +12,7 @@ T = tril(L_q^-T Y), everything is a product with Y or z, so that nothing cancels
 The two brackets, symmetric, are tril(M^T Y) + diag(y) and tril(Y M^T + z z^T) + diag(y) below. All
 is computed in double. The gradient of an item whose divergence is NaN is NaN.
 
-As for the values, matrices of up to MOST_ROWS_IN_LANES rows lie side by side, one in a SIMD lane each;
+As for the values, matrices of up to MOST_ROWS_IN_LANES rows lie side by side, one in a lane each;
 larger ones are taken one at a time. [z | Y] are the columns of one matrix: column j of Y is its
 column j + 1.
 """
