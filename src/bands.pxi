@@ -140,7 +140,9 @@ cdef inline void ask_for(Ahead *ahead, int first, int last, int n) noexcept nogi
     """Ask for what stands for n columns of the operands first .. last - 1, in small portions:
     memory delivers while there is arithmetic, and in a burst no load finds its place."""
     cdef int operand
-    for operand in range(first, last if ahead != NULL else first):
+    if ahead == NULL:
+        return
+    for operand in range(first, last):
         prefetch(ahead.data[operand], n * ahead.step)
         ahead.data[operand] += n * ahead.step
 

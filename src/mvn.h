@@ -78,6 +78,26 @@ MVN_INLINE mvn_vec mvn_fma(mvn_vec x, mvn_vec y, mvn_vec z) {
 #endif
 }
 
+/* z - x y, likewise; of numbers, too: what items alone and in lanes compute has the same bits. */
+MVN_INLINE mvn_vec mvn_less(mvn_vec z, mvn_vec x, mvn_vec y) {
+#if MVN_LANES == 8
+    return (mvn_vec)_mm512_fnmadd_pd((__m512d)x, (__m512d)y, (__m512d)z);
+#elif MVN_LANES == 4 && defined(__FMA__)
+    return (mvn_vec)_mm256_fnmadd_pd((__m256d)x, (__m256d)y, (__m256d)z);
+#elif defined(__aarch64__)
+    return (mvn_vec)vfmsq_f64((float64x2_t)z, (float64x2_t)x, (float64x2_t)y);
+#else
+    return z - x * y;
+#endif
+}
+static inline double mvn_number_less(double z, double x, double y) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return fma(-x, y, z);
+#else
+    return z - x * y;
+#endif
+}
+
 #if MVN_LANES == 8
 /* x^(1/2) and x^(-1/2), right to an ulp: with y near x^(-1/2) and e = 1 - x y^2, |e| < 2^-13, it is
  * y (1 - e)^(-1/2). A root and a division would take twice as long. NaN unless 0 < x < inf. */
@@ -417,13 +437,13 @@ MVN_INLINE mvn_vec mvn_minus_log(const mvn_terms *a, mvn_bits *bad) {
 /* The diagonal block of a covariance, when all to its left is subtracted, becomes that of its
  * factor L; and the reciprocals of the diagonal. S = M D M^T, M with a diagonal of ones: pivots
  * wait for one division each and for no square root. L = M D^(1/2). */
-#define MVN_PIVOTS(name, number, root) \
+#define MVN_PIVOTS(name, number, less, root) \
     MVN_INLINE void name(number (*s)[MVN_COLUMNS], number *reciprocal, const int rows) { \
         MVN_UNROLL for (int c = 0; c < rows; c++) { \
             number inverse = 1.0 / s[c][c]; \
             MVN_UNROLL for (int k = c + 1; k < rows; k++) { \
                 number share = s[k][c] * inverse; \
-                MVN_UNROLL for (int r = k; r < rows; r++) s[r][k] -= s[r][c] * share; \
+                MVN_UNROLL for (int r = k; r < rows; r++) s[r][k] = less(s[r][k], s[r][c], share); \
             } \
         } \
         MVN_UNROLL for (int c = 0; c < rows; c++) { \
@@ -432,8 +452,8 @@ MVN_INLINE mvn_vec mvn_minus_log(const mvn_terms *a, mvn_bits *bad) {
             MVN_UNROLL for (int r = c + 1; r < rows; r++) s[r][c] *= reciprocal[c]; \
         } \
     }
-MVN_PIVOTS(mvn_pivots, double, sqrt)
-MVN_PIVOTS(mvn_lanes_pivots, mvn_vec, mvn_sqrt)
+MVN_PIVOTS(mvn_pivots, double, mvn_number_less, sqrt)
+MVN_PIVOTS(mvn_lanes_pivots, mvn_vec, mvn_less, mvn_sqrt)
 
 /* ---- small ----------------------------------------------------------------------------------- */
 
@@ -746,7 +766,7 @@ static int mvn_small_f64(
 #else
 #define MVN_TILE 2
 #endif
-/* Vectors a row: an odd multiple of a tile's columns, so that those of a tile do not evict each
+/* Vectors a row: an odd multiple of four, so that the same columns of many rows do not evict each
  * other from the cache. */
 #define MVN_STRIDE(n) ((((n) + 4) / 4 | 1) * 4)
 
@@ -794,7 +814,7 @@ MVN_INLINE void mvn_lanes_rows(
 MVN_INLINE void mvn_lanes_prefetch(
     const mvn_side *s, ptrdiff_t item, ptrdiff_t i, const int rows, int single) {
     const ptrdiff_t size = single ? sizeof(float) : sizeof(double);
-    if (s->shared) return;
+    if (s->shared || s->column != size) return;
     for (int lane = 0; lane < MVN_LANES; lane++) {
         const char *row = s->matrix + (item + MVN_LANES + lane) * s->matrix_outer + i * s->row;
         MVN_UNROLL for (int r = 0; r < rows; r++, row += s->row) {
@@ -818,13 +838,15 @@ MVN_INLINE void mvn_lanes_cholesky_rows(
         for (ptrdiff_t k = 0; k < j; k++) {
             MVN_UNROLL for (int r = 0; r < rows; r++) {
                 MVN_UNROLL for (int c = 0; c < MVN_TILE; c++) {
-                    s[r][c] -= x[r * stride + k] * l[c * stride + k];
+                    s[r][c] = mvn_less(s[r][c], x[r * stride + k], l[c * stride + k]);
                 }
             }
         }
         MVN_UNROLL for (int r = 0; r < rows; r++) {
             MVN_UNROLL for (int c = 0; c < MVN_TILE; c++) {
-                MVN_UNROLL for (int k = 0; k < c; k++) s[r][c] -= s[r][k] * l[c * stride + j + k];
+                MVN_UNROLL for (int k = 0; k < c; k++) {
+                    s[r][c] = mvn_less(s[r][c], s[r][k], l[c * stride + j + k]);
+                }
                 s[r][c] *= reciprocal[j + c];
                 x[r * stride + j + c] = s[r][c];
             }
@@ -836,7 +858,7 @@ MVN_INLINE void mvn_lanes_cholesky_rows(
     for (ptrdiff_t k = 0; k < i; k++) {
         MVN_UNROLL for (int r = 0; r < rows; r++) {
             MVN_UNROLL for (int c = 0; c <= r; c++) {
-                s[r][c] -= x[r * stride + k] * x[c * stride + k];
+                s[r][c] = mvn_less(s[r][c], x[r * stride + k], x[c * stride + k]);
             }
         }
     }
@@ -862,13 +884,15 @@ MVN_INLINE void mvn_lanes_whiten_tile(
     for (ptrdiff_t k = j > 0 ? j - 1 : 0; k < i; k++) {
         MVN_UNROLL for (int r = 0; r < rows; r++) {
             MVN_UNROLL for (int c = 0; c < MVN_TILE; c++) {
-                sum[r][c] -= l[r * stride + k] * y[k * stride + j + c];
+                sum[r][c] = mvn_less(sum[r][c], l[r * stride + k], y[k * stride + j + c]);
             }
         }
     }
     MVN_UNROLL for (int r = 0; r < rows; r++) {
         MVN_UNROLL for (int c = 0; c < MVN_TILE; c++) {
-            MVN_UNROLL for (int k = 0; k < r; k++) sum[r][c] -= l[r * stride + i + k] * sum[k][c];
+            MVN_UNROLL for (int k = 0; k < r; k++) {
+                sum[r][c] = mvn_less(sum[r][c], l[r * stride + i + k], sum[k][c]);
+            }
             sum[r][c] *= reciprocal[i + r];
             y[(i + r) * stride + j + c] = sum[r][c];
             total[c] = mvn_fma(sum[r][c], sum[r][c], total[c]);
@@ -1005,6 +1029,15 @@ static inline void mvn_lanes_divergences_f64(const mvn_lanes *g, double *kl) {
 MVN_INLINE ptrdiff_t mvn_least(ptrdiff_t x, ptrdiff_t y) { return x < y ? x : y; }
 MVN_INLINE ptrdiff_t mvn_most(ptrdiff_t x, ptrdiff_t y) { return x > y ? x : y; }
 
+/* z - x y for all lanes and one y. */
+MVN_INLINE mvn_vec mvn_less_f64(mvn_vec z, mvn_vec x, double y) {
+#define MVN_Y(lane) y
+    return mvn_less(z, x, (mvn_vec)MVN_EVERY(MVN_Y));
+#undef MVN_Y
+}
+typedef float mvn_floats __attribute__((vector_size(8 * MVN_LANES), may_alias));
+MVN_INLINE mvn_floats mvn_less_f32(mvn_floats z, mvn_floats x, float y) { return z - x * y; }
+
 #define PANEL(name) mvn_##name##_f64
 #define PANEL_REAL double
 #define PANEL_BITS int64_t
@@ -1070,7 +1103,8 @@ static inline void mvn_panel_factor(double *x, double *reciprocal, ptrdiff_t i) 
         for (ptrdiff_t k = 0; k < j; k++) {
             MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
                 MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
-                    tile.sum[c][v] -= column[k * MVN_VECTORS + v] * x[k * MVN_ROWS + block + c];
+                    tile.sum[c][v] = mvn_less_f64(tile.sum[c][v], column[k * MVN_VECTORS + v],
+                                                  x[k * MVN_ROWS + block + c]);
                 }
             }
         }
@@ -1083,7 +1117,9 @@ static inline void mvn_panel_factor(double *x, double *reciprocal, ptrdiff_t i) 
         mvn_pivots(s, reciprocal + j, MVN_COLUMNS);
         MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
             MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
-                MVN_UNROLL for (int k = 0; k < c; k++) tile.sum[c][v] -= tile.sum[k][v] * s[c][k];
+                MVN_UNROLL for (int k = 0; k < c; k++) {
+                    tile.sum[c][v] = mvn_less_f64(tile.sum[c][v], tile.sum[k][v], s[c][k]);
+                }
                 tile.sum[c][v] *= reciprocal[j + c];
                 column[(j + c) * MVN_VECTORS + v] = tile.sum[c][v];
             }
@@ -1140,7 +1176,7 @@ MVN_INLINE double mvn_panels_element(const double *x, ptrdiff_t size, ptrdiff_t 
     return x[j / MVN_ROWS * size + k * MVN_ROWS + j % MVN_ROWS];
 }
 
-/* |z|^2 + |Y|^2 of one item in the order of `mvn_lanes_whiten_rows`; without panels, those of
+/* |z|^2 + |Y|^2 of one item in the order, and with the roundings, of `mvn_lanes_whiten_rows`; without panels, those of
  * [mu_p | L_p - I]. */
 static inline double mvn_squares_in_tiles(
     const double *x, ptrdiff_t size, const double *p, ptrdiff_t stride, const double *shift,
@@ -1155,7 +1191,7 @@ static inline double mvn_squares_in_tiles(
                     if (at > k + 1) break;
                     double y = x ? mvn_panels_element(x, size, k, at)
                         : at == 0 ? shift[k] : p[k * stride + at - 1] - (at == k + 1);
-                    total[c] += y * y;
+                    total[c] = mvn_number_less(total[c], -y, y);
                 }
             }
         }

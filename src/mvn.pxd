@@ -715,17 +715,17 @@ cdef inline int panels_rows(const Batch *batch, npy_intp first, npy_intp last, c
                 fresh = single or item == first or not q.shared
                 w.factor_q = factor_of(&a, q, item, a.factor_q, a.diagonal_q, fresh, type_tag)
             reciprocals(a.diagonal_q, a.reciprocal, n)
-            if q == NULL:
+            if q != NULL:
+                squares = whiten(&w, <double> 0)
+            elif not as_lanes:
                 squares = whiten_standard(
                     <const double *> w.factor_p.data, w.factor_p.stride, a.shift, n)
-            else:
-                squares = whiten(&w, <double> 0)
         if watch.stop:
             break
         for i in range(n):
             a.t[i] = (a.diagonal_p[i] - a.diagonal_q[i]) * a.reciprocal[i]
         kl = NAN
-        if as_lanes:
+        if as_lanes:  # all panels are one thread's, in its first place
             squares = squares_in_tiles(NULL if q == NULL else a.x, a.size,
                                        <const double *> w.factor_p.data, w.factor_p.stride, a.shift,
                                        n)
@@ -779,7 +779,7 @@ cdef inline Plan plan_of(const Batch *batch, const Kernel *kernel, double row_ns
     cdef bint shared = not kernel.options[STANDARD_Q] and batch.outer[3] == 0
     plan.row_ns, plan.setup_ns = row_ns, setup * row_ns if shared else 0.0
     plan.splits_rows = not in_lanes
-    plan.group = 1 if plan.splits_rows else LANES
+    plan.group = LANES if in_lanes and batch.n >= LANES else 1
     return plan
 
 

@@ -38,7 +38,8 @@ MVN_INLINE PANEL(tile) PANEL(tile_subtract)(
     for (ptrdiff_t k = begin; k < end; k++) {
         MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
             MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
-                tile.sum[c][v] -= column[k * MVN_VECTORS + v] * l.row[c][k];
+                tile.sum[c][v] = PANEL(less)(
+                    tile.sum[c][v], column[k * MVN_VECTORS + v], l.row[c][k]);
             }
         }
     }
@@ -55,7 +56,7 @@ MVN_INLINE void PANEL(tile_solve)(
     MVN_UNROLL for (int c = 0; c < MVN_COLUMNS; c++) {
         MVN_UNROLL for (int v = 0; v < MVN_VECTORS; v++) {
             MVN_UNROLL for (int k = 0; k < c; k++) {
-                tile.sum[c][v] -= tile.sum[k][v] * l.row[c][j + k];
+                tile.sum[c][v] = PANEL(less)(tile.sum[c][v], tile.sum[k][v], l.row[c][j + k]);
             }
             tile.sum[c][v] *= reciprocal[j + c];
             column[(j + c) * MVN_VECTORS + v] = tile.sum[c][v];

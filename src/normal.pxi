@@ -66,8 +66,7 @@ cdef inline void log_variance_run(bint keep, const real **at, const npy_intp *st
     cdef npy_intp step_0 = step[0], step_1 = step[1], step_2 = step[2], step_3 = step[3]
     cdef real one = 1, highest = <real> (86 if real is float else 706)  # of |log-variance|, |x|
     for i in range(n):
-        if keep:
-            ask_for(ahead, 0, 4, 1)
+        ask_for(ahead, 0, 4, 1)
         for lane in range(LANES):
             mean = loc_p[i * step_0 + lane] - loc_q[i * step_2 + lane]
             s_q = spread_of_q[i * step_3 + lane]
@@ -158,6 +157,7 @@ cdef inline void ratio_run(bint keep, const real **x, const npy_intp *step, int 
             at[operand] += steps * step[operand]
         terms, n = terms + steps * LANES, n - steps
     if n > 0:
+        ask_for(ahead, 0, 4, n)
         ratio_steps(keep, at, step, n, spread_p, spread_q, terms, run, doubts)
 
 

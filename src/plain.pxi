@@ -124,6 +124,7 @@ cdef class Plain:
         if not self.place(operands, kernel, data, sizes, steps):
             return None
         values = cnp.PyArray_EMPTY(1, sizes, number, 0)
+        cnp.PyArray_FillWithScalar(values, NAN)  # in case that there is no memory
         data[self.n_arrays] = cnp.PyArray_BYTES(values)
         steps[self.n_arrays] = cnp.PyArray_STRIDE(values, 0)
         gufunc_loop(data, sizes, steps, kernel)

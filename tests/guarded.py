@@ -63,11 +63,10 @@ def forms(entry, dtype, batch, size):
 def run(entry_id, sizes, dtypes):
     """Call one entry with all its arrays at the edge, for every size, dtype, stride and side."""
     entry = IDS[entry_id]
-    regions = [Region(128) for _ in range(4)]
+    regions = [Region(256 if entry.core == 2 else 128) for _ in range(4)]
     for dtype in dtypes:
         for size in sizes:
-            batches = [(), (9,)] if entry.core == 1 or size < 10 else [(2,)]
-            for batch in batches:
+            for batch in [(), (9,)]:
                 for arrays in forms(entry, dtype, batch, size):
                     want = entry(arrays)
                     for step in (1, -2):

@@ -210,7 +210,7 @@ def test_thread_count_of_a_with_block_stays_in_its_thread_or_is_restored(restore
 LIMITS = """
     import os
     import numpy as np, threadpoolctl, klfast
-    a = np.broadcast_to(np.float64(0.5), 4_000_000)
+    a = np.broadcast_to(np.float64(0.5), 40_000_000)  # enough for hundreds of threads
     before = set(os.listdir("/proc/self/task"))
     with threadpoolctl.threadpool_limits(1):
         print(klfast.get_num_threads())
@@ -379,8 +379,9 @@ NO_MEMORY = (
     resource.setrlimit(resource.RLIMIT_AS, (limit, most))
 
     def refused():
-        for arguments in ((loc, eye), (loc, eye, loc, eye)):
-            out = np.array(7.0)
+        some = np.broadcast_to(loc, (3, *loc.shape)), np.broadcast_to(eye, (3, *eye.shape))
+        for arguments in ((loc, eye), (loc, eye, loc, eye), some):
+            out = np.full(arguments[0].shape[:-1], 7.0)
             try:
                 klfast.kl_mvn(*arguments, out=out)
             except MemoryError:
@@ -397,4 +398,12 @@ NO_MEMORY = (
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS")
 def test_no_memory_is_an_error_of_the_calling_thread():
-    assert fresh.run(NO_MEMORY, KLFAST_NUM_THREADS="2").splitlines() == ["MemoryError 7.0"] * 4
+    assert (
+        fresh.run(NO_MEMORY, KLFAST_NUM_THREADS="2").splitlines()
+        == [
+            "MemoryError 7.0",
+            "MemoryError 7.0",
+            "MemoryError [7. 7. 7.]",
+        ]
+        * 2
+    )
