@@ -53,8 +53,7 @@ cdef inline void take_terms(bint keep, const real *term, real *terms, real *run)
 
 
 cdef inline void log_variance_run(bint keep, const real **at, const npy_intp *step, int n,
-                                  Ahead *ahead, real *terms, real *run,
-                                  real *doubts) noexcept nogil:
+                                  real *terms, real *run, real *doubts) noexcept nogil:
     """Take n terms, twice, of each lane."""
     cdef int lane, i
     cdef real x, s_q, mean, doubt
@@ -66,7 +65,6 @@ cdef inline void log_variance_run(bint keep, const real **at, const npy_intp *st
     cdef npy_intp step_0 = step[0], step_1 = step[1], step_2 = step[2], step_3 = step[3]
     cdef real one = 1, highest = <real> (86 if real is float else 706)  # of |log-variance|, |x|
     for i in range(n):
-        ask_for(ahead, 0, 4, 1)
         for lane in range(LANES):
             mean = loc_p[i * step_0 + lane] - loc_q[i * step_2 + lane]
             s_q = spread_of_q[i * step_3 + lane]
@@ -143,7 +141,7 @@ cdef inline void ratio_steps(bint keep, const real **at, const npy_intp *step, i
 
 
 cdef inline void ratio_run(bint keep, const real **x, const npy_intp *step, int n, int steps,
-                           int spread_p, int spread_q, Ahead *ahead, real *terms, real *run,
+                           int spread_p, int spread_q, real *terms, real *run,
                            real *doubts) noexcept nogil:
     """Take n terms, twice, of each lane."""
     cdef const real *at[4]
@@ -151,28 +149,26 @@ cdef inline void ratio_run(bint keep, const real **x, const npy_intp *step, int 
     for operand in range(4):
         at[operand] = x[operand]
     while n >= steps:
-        ask_for(ahead, 0, 4, steps)
         ratio_steps(keep, at, step, steps, spread_p, spread_q, terms, run, doubts)
         for operand in range(4):
             at[operand] += steps * step[operand]
         terms, n = terms + steps * LANES, n - steps
     if n > 0:
-        ask_for(ahead, 0, 4, n)
         ratio_steps(keep, at, step, n, spread_p, spread_q, terms, run, doubts)
 
 
 cdef inline void take_run(bint keep, const real **at, const npy_intp *step, int n, int steps,
-                          int spread_p, int spread_q, Ahead *ahead, real *terms, real *run,
+                          int spread_p, int spread_q, real *terms, real *run,
                           real *doubts) noexcept nogil:
     if spread_p == Spread.LOG_VARIANCE and spread_q == Spread.LOG_VARIANCE:
-        log_variance_run(keep, at, step, n, ahead, terms, run, doubts)
+        log_variance_run(keep, at, step, n, terms, run, doubts)
     else:
-        ratio_run(keep, at, step, n, steps, spread_p, spread_q, ahead, terms, run, doubts)
+        ratio_run(keep, at, step, n, steps, spread_p, spread_q, terms, run, doubts)
 
 
 cdef inline void normal_run(const real **at, const npy_intp *step, int n, int steps, int first,
-                            int spread_p, int spread_q, Ahead *ahead, real *terms,
-                            real *doubts_so_far, LaneSums *into) noexcept nogil:
+                            int spread_p, int spread_q, real *terms, real *doubts_so_far,
+                            LaneSums *into) noexcept nogil:
     """Add n terms, twice, of each of the lanes first..LANES-1, or keep them, unless `terms` is
     NULL."""
     cdef real run[LANES]
@@ -180,16 +176,16 @@ cdef inline void normal_run(const real **at, const npy_intp *step, int n, int st
     copy(doubts_so_far, doubts)
     fill(run, <real> 0)
     if terms != NULL:
-        take_run(True, at, step, n, steps, spread_p, spread_q, ahead, terms, run, doubts)
+        take_run(True, at, step, n, steps, spread_p, spread_q, terms, run, doubts)
     else:
-        take_run(False, at, step, n, steps, spread_p, spread_q, NULL, terms, run, doubts)
+        take_run(False, at, step, n, steps, spread_p, spread_q, terms, run, doubts)
     copy(doubts, doubts_so_far)
     keep_from(first, run)
     fold(run, into.divergence)
 
 
 cdef inline void normal_runs(const real **x, const npy_intp *step, int n, int first, int spread_p,
-                             int spread_q, Ahead *ahead, real *terms, real *doubts,
+                             int spread_q, real *terms, real *doubts,
                              LaneSums *into) noexcept nogil:
     """Take n terms, twice, of each lane, and of the lanes from `first` on, if it is not 0, one
     more, from a vector that overlaps the last."""
@@ -199,8 +195,8 @@ cdef inline void normal_runs(const real **x, const npy_intp *step, int n, int fi
         at[operand] = x[operand]
     while n > 0:
         length = run_length(n, 1, <real> 0)
-        normal_run(at, step, length, steps_together(<real> 0), 0, spread_p, spread_q, ahead, terms,
-                   doubts, into)
+        normal_run(at, step, length, steps_together(<real> 0), 0, spread_p, spread_q, terms, doubts,
+                   into)
         for operand in range(4):
             at[operand] += length * step[operand]
         terms = terms + length * LANES if terms != NULL else NULL
@@ -208,61 +204,60 @@ cdef inline void normal_runs(const real **x, const npy_intp *step, int n, int fi
     if first:
         for operand in range(4):
             at[operand] -= first
-        normal_run(at, step, 1, 1, first, spread_p, spread_q, NULL, <real *> NULL, doubts, into)
+        normal_run(at, step, 1, 1, first, spread_p, spread_q, <real *> NULL, doubts, into)
 
 
-cdef inline void normal_groups(const real **x, const npy_intp *step, int n, int groups, int more,
-                               int first, int spread_p, int spread_q, Ahead *ahead, real *terms,
-                               real *doubts, LaneParts *into) noexcept nogil:
+cdef inline void normal_groups(const real **x, const npy_intp *step, int n, int groups, int ahead,
+                               int first, int spread_p, int spread_q, real *terms, real *doubts,
+                               LaneParts *into) noexcept nogil:
     cdef const real *at[4]
     cdef int operand, group
     for group in range(groups):
         for operand in range(4):
             at[operand] = x[operand] + group * LANES
-            prefetch_columns(at[operand], step[operand], n, more)
-        if more:
-            normal_run(at, step, n, 1, 0, spread_p, spread_q, NULL, <real *> NULL,
+            prefetch_columns(at[operand], step[operand], n, ahead)
+        if ahead:
+            normal_run(at, step, n, 1, 0, spread_p, spread_q, <real *> NULL,
                        doubts + group * LANES, &into[group].sums)
         else:
-            normal_runs(at, step, n, first, spread_p, spread_q, ahead, terms,
-                        doubts + group * LANES, &into[group].sums)
+            normal_runs(at, step, n, first, spread_p, spread_q, terms, doubts + group * LANES,
+                        &into[group].sums)
 
 
-cdef void normal_loop(const real **x, const npy_intp *step, int n, int groups, int more, int first,
-                      const Row *row, Ahead *ahead, real *terms, real *doubts,
-                      LaneParts *into) noexcept nogil:
-    """Take n terms, twice, of each lane of groups that lie side by side, and ask for so many
-    more; `first`: as normal_runs. Every pair of parametrisations has a loop of its
+cdef void normal_loop(const real **x, const npy_intp *step, int n, int groups, int ahead, int first,
+                      const Row *row, real *terms, real *doubts, LaneParts *into) noexcept nogil:
+    """Take n terms, twice, of each lane of groups that lie side by side, and ask for so many of
+    those that follow; `first`: as normal_runs. Every pair of parametrisations has a loop of its
     own; mixed ones only in double."""
     cdef int p = row.spread_p, q = row.spread_q
     if p == Spread.SCALE and q == Spread.SCALE:
-        normal_groups(x, step, n, groups, more, first, Spread.SCALE, Spread.SCALE,
-                      ahead, terms, doubts, into)
+        normal_groups(x, step, n, groups, ahead, first, Spread.SCALE, Spread.SCALE,
+                      terms, doubts, into)
     elif p == Spread.VARIANCE and q == Spread.VARIANCE:
-        normal_groups(x, step, n, groups, more, first, Spread.VARIANCE, Spread.VARIANCE,
-                      ahead, terms, doubts, into)
+        normal_groups(x, step, n, groups, ahead, first, Spread.VARIANCE, Spread.VARIANCE,
+                      terms, doubts, into)
     elif p == Spread.LOG_VARIANCE and q == Spread.LOG_VARIANCE:
-        normal_groups(x, step, n, groups, more, first, Spread.LOG_VARIANCE, Spread.LOG_VARIANCE,
-                      ahead, terms, doubts, into)
+        normal_groups(x, step, n, groups, ahead, first, Spread.LOG_VARIANCE, Spread.LOG_VARIANCE,
+                      terms, doubts, into)
     elif real is double:
         if p == Spread.SCALE and q == Spread.VARIANCE:
-            normal_groups(x, step, n, groups, more, first, Spread.SCALE, Spread.VARIANCE,
-                          ahead, terms, doubts, into)
+            normal_groups(x, step, n, groups, ahead, first, Spread.SCALE, Spread.VARIANCE,
+                          terms, doubts, into)
         elif p == Spread.SCALE:
-            normal_groups(x, step, n, groups, more, first, Spread.SCALE, Spread.LOG_VARIANCE,
-                          ahead, terms, doubts, into)
+            normal_groups(x, step, n, groups, ahead, first, Spread.SCALE, Spread.LOG_VARIANCE,
+                          terms, doubts, into)
         elif p == Spread.VARIANCE and q == Spread.SCALE:
-            normal_groups(x, step, n, groups, more, first, Spread.VARIANCE, Spread.SCALE,
-                          ahead, terms, doubts, into)
+            normal_groups(x, step, n, groups, ahead, first, Spread.VARIANCE, Spread.SCALE,
+                          terms, doubts, into)
         elif p == Spread.VARIANCE:
-            normal_groups(x, step, n, groups, more, first, Spread.VARIANCE, Spread.LOG_VARIANCE,
-                          ahead, terms, doubts, into)
+            normal_groups(x, step, n, groups, ahead, first, Spread.VARIANCE, Spread.LOG_VARIANCE,
+                          terms, doubts, into)
         elif q == Spread.SCALE:
-            normal_groups(x, step, n, groups, more, first, Spread.LOG_VARIANCE, Spread.SCALE,
-                          ahead, terms, doubts, into)
+            normal_groups(x, step, n, groups, ahead, first, Spread.LOG_VARIANCE, Spread.SCALE,
+                          terms, doubts, into)
         else:
-            normal_groups(x, step, n, groups, more, first, Spread.LOG_VARIANCE, Spread.VARIANCE,
-                          ahead, terms, doubts, into)
+            normal_groups(x, step, n, groups, ahead, first, Spread.LOG_VARIANCE, Spread.VARIANCE,
+                          terms, doubts, into)
 
 
 cdef void normal_block(const real **x, int n, const Row *row, Sums *into) noexcept nogil:
@@ -277,8 +272,7 @@ cdef void normal_block(const real **x, int n, const Row *row, Sums *into) noexce
         doubts[lane] = 0
     for operand in range(4):
         step[operand] = LANES
-    normal_loop(x, step, n // LANES, 1, 0, (LANES - n % LANES) % LANES, row, NULL, NULL, doubts,
-                &lanes)
+    normal_loop(x, step, n // LANES, 1, 0, (LANES - n % LANES) % LANES, row, NULL, doubts, &lanes)
     add(into, 0, across(lanes.sums.divergence), 0, 0)
     for lane in range(LANES):
         into.doubtful |= doubts[lane] > 0
@@ -297,7 +291,7 @@ cdef void normal_columns(const real **x, const npy_intp *step, int n, int groups
         for operand in range(4):
             at[operand] = x[operand] + start * step[operand]
         normal_loop(at, step, min(together, n - start), groups, together if together < n else 0, 0,
-                    row, NULL, NULL, doubts, into)
+                    row, NULL, doubts, into)
         start += together
     for group in range(groups):
         for lane in range(LANES):
@@ -319,6 +313,10 @@ cdef void add_columns(const real *terms, int width, int n, double *sums) noexcep
         terms, n = terms + length * width, n - length
 
 
+cdef enum:
+    ASKED = 8    # columns at a time for which as much is asked for
+
+
 cdef bint normal_gapless(const real **x, int n, int groups, const Row *row, Ahead *ahead,
                          LaneParts *into) noexcept nogil:
     """As normal_columns, for groups of LANES short rows, one after the other in memory, at most
@@ -326,12 +324,19 @@ cdef bint normal_gapless(const real **x, int n, int groups, const Row *row, Ahea
     cdef real terms[STRIP * LANES]
     cdef real turned[STRIP * LANES]
     cdef real doubts[LANES]
+    cdef const real *at[4]
     cdef npy_intp step[4]
-    cdef int operand, group
+    cdef int operand, group, count, start = 0
     fill(doubts, <real> 0)
     for operand in range(4):
         step[operand] = LANES
-    normal_loop(x, step, groups * n, 1, 0, 0, row, ahead, terms, doubts, into)
+    while start < groups * n:
+        count = min(ASKED, groups * n - start)
+        ask_for(ahead, 0, 4, count)
+        for operand in range(4):
+            at[operand] = x[operand] + start * LANES
+        normal_loop(at, step, count, 1, 0, 0, row, terms + start * LANES, doubts, into)
+        start += count
     if largest(doubts) > 0:
         return False
     transpose(terms, n, n, groups * LANES, turned, groups * LANES)
