@@ -1176,8 +1176,8 @@ MVN_INLINE double mvn_panels_element(const double *x, ptrdiff_t size, ptrdiff_t 
     return x[j / MVN_ROWS * size + k * MVN_ROWS + j % MVN_ROWS];
 }
 
-/* |z|^2 + |Y|^2 of one item in the order, and with the roundings, of `mvn_lanes_whiten_rows`; without
- * panels, those of [mu_p | L_p - I]. */
+/* |z|^2 + |Y|^2 of one item in the order, and with the roundings, of `mvn_lanes_whiten_rows`;
+ * without panels, those of [mu_p | L_p - I]. */
 static inline double mvn_squares_in_tiles(
     const double *x, ptrdiff_t size, const double *p, ptrdiff_t stride, const double *shift,
     ptrdiff_t n) {
