@@ -31,7 +31,7 @@ from mvn cimport (
 from vecmath cimport real
 
 cdef enum:
-    MOST_ROWS_IN_LANES = 24  # with more, items in lanes are no faster than one by one
+    MOST_ROWS_IN_LANES = 24  # larger items are taken one by one
 
 cdef extern from "mvn_grad.h" nogil:
     void lanes_cholesky "mvn_lanes_cholesky"(vec *a, vec *reciprocal, npy_intp stride, npy_intp n)

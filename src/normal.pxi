@@ -207,7 +207,7 @@ cdef inline void normal_runs(const real **x, const npy_intp *step, int n, int fi
         normal_run(at, step, 1, 1, first, spread_p, spread_q, <real *> NULL, doubts, into)
 
 
-cdef inline void normal_groups(const real **x, const npy_intp *step, int n, int groups, int ahead,
+cdef inline void normal_groups(const real **x, const npy_intp *step, int n, int groups, int more,
                                int first, int spread_p, int spread_q, real *terms, real *doubts,
                                LaneParts *into) noexcept nogil:
     cdef const real *at[4]
@@ -215,8 +215,8 @@ cdef inline void normal_groups(const real **x, const npy_intp *step, int n, int 
     for group in range(groups):
         for operand in range(4):
             at[operand] = x[operand] + group * LANES
-            prefetch_columns(at[operand], step[operand], n, ahead)
-        if ahead:
+            prefetch_columns(at[operand], step[operand], n, more)
+        if more:
             normal_run(at, step, n, 1, 0, spread_p, spread_q, <real *> NULL,
                        doubts + group * LANES, &into[group].sums)
         else:
@@ -224,39 +224,39 @@ cdef inline void normal_groups(const real **x, const npy_intp *step, int n, int 
                         &into[group].sums)
 
 
-cdef void normal_loop(const real **x, const npy_intp *step, int n, int groups, int ahead, int first,
+cdef void normal_loop(const real **x, const npy_intp *step, int n, int groups, int more, int first,
                       const Row *row, real *terms, real *doubts, LaneParts *into) noexcept nogil:
     """Take n terms, twice, of each lane of groups that lie side by side, and ask for so many of
     those that follow; `first`: as normal_runs. Every pair of parametrisations has a loop of its
     own; mixed ones only in double."""
     cdef int p = row.spread_p, q = row.spread_q
     if p == Spread.SCALE and q == Spread.SCALE:
-        normal_groups(x, step, n, groups, ahead, first, Spread.SCALE, Spread.SCALE,
+        normal_groups(x, step, n, groups, more, first, Spread.SCALE, Spread.SCALE,
                       terms, doubts, into)
     elif p == Spread.VARIANCE and q == Spread.VARIANCE:
-        normal_groups(x, step, n, groups, ahead, first, Spread.VARIANCE, Spread.VARIANCE,
+        normal_groups(x, step, n, groups, more, first, Spread.VARIANCE, Spread.VARIANCE,
                       terms, doubts, into)
     elif p == Spread.LOG_VARIANCE and q == Spread.LOG_VARIANCE:
-        normal_groups(x, step, n, groups, ahead, first, Spread.LOG_VARIANCE, Spread.LOG_VARIANCE,
+        normal_groups(x, step, n, groups, more, first, Spread.LOG_VARIANCE, Spread.LOG_VARIANCE,
                       terms, doubts, into)
     elif real is double:
         if p == Spread.SCALE and q == Spread.VARIANCE:
-            normal_groups(x, step, n, groups, ahead, first, Spread.SCALE, Spread.VARIANCE,
+            normal_groups(x, step, n, groups, more, first, Spread.SCALE, Spread.VARIANCE,
                           terms, doubts, into)
         elif p == Spread.SCALE:
-            normal_groups(x, step, n, groups, ahead, first, Spread.SCALE, Spread.LOG_VARIANCE,
+            normal_groups(x, step, n, groups, more, first, Spread.SCALE, Spread.LOG_VARIANCE,
                           terms, doubts, into)
         elif p == Spread.VARIANCE and q == Spread.SCALE:
-            normal_groups(x, step, n, groups, ahead, first, Spread.VARIANCE, Spread.SCALE,
+            normal_groups(x, step, n, groups, more, first, Spread.VARIANCE, Spread.SCALE,
                           terms, doubts, into)
         elif p == Spread.VARIANCE:
-            normal_groups(x, step, n, groups, ahead, first, Spread.VARIANCE, Spread.LOG_VARIANCE,
+            normal_groups(x, step, n, groups, more, first, Spread.VARIANCE, Spread.LOG_VARIANCE,
                           terms, doubts, into)
         elif q == Spread.SCALE:
-            normal_groups(x, step, n, groups, ahead, first, Spread.LOG_VARIANCE, Spread.SCALE,
+            normal_groups(x, step, n, groups, more, first, Spread.LOG_VARIANCE, Spread.SCALE,
                           terms, doubts, into)
         else:
-            normal_groups(x, step, n, groups, ahead, first, Spread.LOG_VARIANCE, Spread.VARIANCE,
+            normal_groups(x, step, n, groups, more, first, Spread.LOG_VARIANCE, Spread.VARIANCE,
                           terms, doubts, into)
 
 

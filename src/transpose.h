@@ -106,7 +106,7 @@ KLFAST_BLOCK(pair, double, 2, f64)
 
 #define KLFAST_TRANSPOSE(name, type, real, step)                                                 \
     static inline void name##_##type(const real *x, ptrdiff_t outer, ptrdiff_t n,                \
-                                     ptrdiff_t rows, real *into, ptrdiff_t width) { \
+                                     ptrdiff_t rows, real *into, ptrdiff_t width) {              \
         for (ptrdiff_t first = 0; first < rows; first += step) {                                 \
             ptrdiff_t i = 0;                                                                     \
             for (; i + 4 <= n; i += 4) {                                                         \
@@ -161,9 +161,9 @@ static inline void wide_block_f64(const double *x, ptrdiff_t outer, ptrdiff_t wi
 
 #define KLFAST_WIDE_TRANSPOSE(type, real, step)                                                  \
     static inline void transpose_##type(const real *x, ptrdiff_t outer, ptrdiff_t n,             \
-                                        ptrdiff_t rows, real *into, ptrdiff_t width) { \
+                                        ptrdiff_t rows, real *into, ptrdiff_t width) {           \
         if (n < 4) {                                                                             \
-            narrow_##type(x, outer, n, rows, into, width);                                \
+            narrow_##type(x, outer, n, rows, into, width);                                       \
             return;                                                                              \
         }                                                                                        \
         for (ptrdiff_t first = 0; first < rows; first += step) {                                 \
