@@ -16,6 +16,7 @@ from vecmath cimport INFINITY, larger, real
 cdef extern from "transpose.h" nogil:
     void copy_line(const char *line, npy_intp ahead, npy_intp n, char *into)
     void prefetch(const char *data, npy_intp n)
+    void prefetch_far(const char *data, npy_intp n)
     void transpose_f32(const float *x, npy_intp outer, npy_intp n, npy_intp rows, float *into,
                        npy_intp width)
     void transpose_f64(const double *x, npy_intp outer, npy_intp n, npy_intp rows, double *into,
@@ -161,11 +162,11 @@ cdef Ahead *rows_ahead(const Rows *rows, Ahead *ahead, real of_type) noexcept no
 
 
 cdef inline void prefetch_columns(const real *x, npy_intp step, int n, int ahead) noexcept nogil:
-    """Ask for so many columns after n of them: processors do not foresee the way from line to line.
-    A line behind: what it evicts, where lines are a power of two apart, is done with."""
+    """Ask for so many columns after n of them: processors do not foresee the way from line to
+    line."""
     cdef int i
     for i in range(n, n + ahead):
-        prefetch(<const char *> (x + i * step) - 64, LANES * sizeof(real))
+        prefetch_far(<const char *> (x + i * step), LANES * sizeof(real))
 
 
 cdef inline bint is_read_in_place(const Rows *rows) noexcept nogil:
@@ -347,9 +348,9 @@ cdef void sum_strip(Band *band, int n, const real **x, const npy_intp *step, int
 
 
 cdef inline int columns_together(const Row *row) noexcept nogil:
-    """Of those that are read where they lie: 8 lines of the cache, as more of them evict each other
-    where they are a power of two apart."""
-    return 8 // row.n_operands
+    """Of those that are read where they lie: 16 lines, as many as processors follow by
+    themselves."""
+    return 16 // row.n_operands
 
 
 cdef void sum_band(Band *band, real *buffer, const real **x, npy_intp *step,

@@ -4,7 +4,7 @@ rows one by one; what is left over is computed again, each row by itself."""
 from numpy cimport npy_intp
 from gufunc cimport Batch, Kernel, Plan, Watch, thread_limit
 from sums cimport (
-    COPIED_BYTES, LANES, LINE_BYTES, MAX_GROUPS, MAX_OPERANDS, SHORT_ROW, STRIP, Family, Format,
+    COPIED_BYTES, LANES, MAX_GROUPS, MAX_OPERANDS, SHORT_ROW, STRIP, Family, Format,
     LaneParts, Row, Sums, clear_lanes, fill,
 )
 from vecmath cimport real
@@ -186,7 +186,7 @@ cdef inline int most_groups(const Batch *batch, const Kernel *kernel, real of_ty
     if lie_in_columns(batch, kernel, of_type):
         if kernel.family == Family.CATEGORICAL or batch.core[0] <= STRIP:
             return COPIED_BYTES / row_operands(kernel) / sizeof(real) / LANES
-        return LINE_BYTES / sizeof(real) / LANES
+        return MAX_GROUPS
     cdef npy_intp length = max(<npy_intp> 1, batch.core[0])
     return <int> max(<npy_intp> 1, min(<npy_intp> MAX_GROUPS, STRIP // 2 // length))
 

@@ -31,9 +31,9 @@ cdef enum:
     LONG_RUN = 32      # terms a lane sums in double before other sums take over
     MOST_STEPS = STEP_BYTES / 4 / LANES
     MAX_OPERANDS = 4
-    LINE_BYTES = 2048        # of neighbouring columns that are read where they lie
+    MOST_COLUMNS = 1024      # neighbours that are read where they lie: a page of floats
     COPIED_BYTES = 1024      # of those of all operands together that are copied
-    MAX_GROUPS = LINE_BYTES / 4 / LANES
+    MAX_GROUPS = MOST_COLUMNS / LANES
 
 cdef enum Family:
     DISCRETE
