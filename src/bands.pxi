@@ -1,8 +1,8 @@
 """LANES rows side by side, in bands of a few such groups: short rows, and rows whose elements lie
 further apart than the rows do.
 
-Rows are columns here: in place, or in a buffer, to which rows are transposed, lines of columns that
-are read twice copied, and all else gathered and converted. A row's bits do not depend on its
+Rows are columns here: in place, where they are long, or in a buffer, to which rows are transposed,
+lines of columns that are read twice copied, and all else gathered and converted. A row's bits do not depend on its
 neighbours, those of a short one not on how it lies either.
 """
 
@@ -38,6 +38,7 @@ ctypedef struct Rows:
     int used                         # how many of these there are: all, or less than LANES
     bint gapless                     # whether each row begins where the one before ends
     bint in_lines                    # whether all operands lie in columns
+    bint in_place                    # whether these are long, and read where they lie
 
 ctypedef struct LaneTotals:
     LaneSums sums
@@ -69,6 +70,12 @@ cdef void choose_layout(Rows *rows, int used, real of_type) noexcept nogil:
         rows.in_lines &= rows.layout[operand] == Layout.COLUMNS
         rows.gapless &= rows.layout[operand] == Layout.ROWS and (
             rows.outer[operand] == rows.first.length * <npy_intp> sizeof(real))
+    rows.in_place = rows.in_lines and rows.first.length > STRIP
+
+
+cdef inline int most_copied(int n_operands, real of_type) noexcept nogil:
+    """Groups of columns."""
+    return COPIED_BYTES // n_operands // <int> sizeof(real) // LANES
 
 
 cdef inline void transpose(const real *x, npy_intp outer, int n, int rows, real *into,
@@ -104,7 +111,7 @@ cdef void load_lines(const Rows *rows, npy_intp start, int n, real *buffer, cons
                      npy_intp *step) noexcept nogil:
     """Copies, of what is read twice: lines of the cache a power of two apart evict each other. Of
     all operands in turn, each asked for some rows ahead: processors do not foresee the way from
-    row to row. Half of the speed of rows, for logits of 1000 x 4096."""
+    row to row."""
     cdef const Row *row = &rows.first
     cdef int operand, i, n_operands = row.n_operands, width = rows.groups * LANES
     cdef npy_intp line = width * sizeof(real), pitch = n * line
@@ -169,18 +176,12 @@ cdef inline void prefetch_columns(const real *x, npy_intp step, int n, int ahead
         prefetch_far(<const char *> (x + i * step), LANES * sizeof(real))
 
 
-cdef inline bint is_read_in_place(const Rows *rows) noexcept nogil:
-    """Long columns whose terms are taken once."""
-    return (rows.in_lines and rows.first.length > STRIP
-            and rows.first.family != Family.CATEGORICAL)
-
-
 cdef void load_strip(const Rows *rows, npy_intp start, int n, real *buffer, const real **x,
                      npy_intp *step) noexcept nogil:
     """n elements of each row as columns, `step` elements apart: in the buffer, or in place."""
     cdef const Row *row = &rows.first
     cdef int operand, width = rows.groups * LANES
-    if rows.in_lines and not is_read_in_place(rows):
+    if rows.in_lines and not rows.in_place:
         load_lines(rows, start, n, buffer, x, step)
         return
     for operand in range(row.n_operands):
@@ -193,15 +194,18 @@ cdef void load_strip(const Rows *rows, npy_intp start, int n, real *buffer, cons
             buffer += n * width
 
 
-cdef void columns(const Row *row, const real **x, const npy_intp *step, int n, int groups,
+cdef void columns(const Rows *rows, const real **x, const npy_intp *step, int n, int groups,
                   int together, Ahead *ahead, LaneParts *into) noexcept nogil:
     """Add n columns of groups that lie side by side: `together` of each group, then the next."""
+    cdef const Row *row = &rows.first
     cdef const real *at[2]
     cdef int group
     if row.family == Family.NORMAL:
         normal_columns(x, step, n, groups, together, row, into)
     elif row.family == Family.DISCRETE:
         discrete_columns(x, step, n, groups, together, row.normalize, ahead, into)
+    elif rows.in_place:
+        shifted_columns(x, step, n, groups, together, into)
     else:
         for group in range(groups):
             at[0], at[1] = x[0] + group * LANES, x[1] + group * LANES
@@ -343,7 +347,7 @@ cdef void sum_strip(Band *band, int n, const real **x, const npy_intp *step, int
                 at[operand] = x[operand] + group * LANES
             for i in range(group, group + groups):
                 clear_lanes(&band.parts[i].sums)
-            columns(&band.rows.first, at, step, n, groups, together, ahead, &band.parts[group])
+            columns(&band.rows, at, step, n, groups, together, ahead, &band.parts[group])
         group += groups
 
 
@@ -363,7 +367,7 @@ cdef void sum_band(Band *band, real *buffer, const real **x, npy_intp *step,
         load_strip(&band.rows, 0, <int> row.length, buffer, x, step)
         sum_strip(band, <int> row.length, x, step, <int> row.length, ahead)
         return
-    if is_read_in_place(&band.rows):
+    if band.rows.in_place:
         together = columns_together(row)
     while start < row.length:
         n = strip_length(&band.rows, start)
@@ -372,7 +376,7 @@ cdef void sum_band(Band *band, real *buffer, const real **x, npy_intp *step,
         for group in range(band.rows.groups):
             if band.wanted[group]:
                 add_strip(&band.whole[group], &band.parts[group], start == 0,
-                          row.family == Family.CATEGORICAL)
+                          row.family == Family.CATEGORICAL and not band.rows.in_place)
         start += n
     for group in range(band.rows.groups):
         if band.wanted[group]:
@@ -449,6 +453,22 @@ cdef inline void finish_again(const Row *row, const LaneParts *parts, double *va
             values[lane], conditions[lane] = new_values[lane], new_conditions[lane]
 
 
+cdef inline bint all_good(const double *conditions) noexcept nogil:
+    return least(conditions) >= 0
+
+
+cdef inline bint choose_again(const Row *row, LaneParts *parts, const double *conditions,
+                              real of_type) noexcept nogil:
+    """Ratios or shifts of badly conditioned rows, as their sums give them; False where that will
+    not do."""
+    if all_good(conditions):
+        return False
+    if row.family == Family.CATEGORICAL:
+        return choose_shifts(parts, conditions, of_type)
+    choose_ratios(parts, conditions)
+    return True
+
+
 cdef inline void begin_parts(LaneParts *parts) noexcept nogil:
     cdef int lane
     parts.scaled = False
@@ -469,26 +489,74 @@ cdef inline bint can_refine(const Row *row) noexcept nogil:
     return row.family == Family.DISCRETE and row.normalize
 
 
-cdef inline bint all_good(const double *conditions) noexcept nogil:
-    return least(conditions) >= 0
-
-
-cdef void refine_band(Band *band, real *buffer, const real **x, npy_intp *step, double *values,
-                      double *conditions) noexcept nogil:
-    """Weights of badly conditioned rows again, with the ratios that their sums gave."""
+cdef inline void band_again(Band *band, real *buffer, const real **x, npy_intp *step,
+                            double *values, double *conditions) noexcept nogil:
+    """The values of badly conditioned rows of the groups that are wanted."""
     cdef int group
-    cdef bint refine = False
-    for group in range(band.rows.groups):
-        band.wanted[group] = not all_good(conditions + group * LANES)
-        if band.wanted[group]:
-            choose_ratios(&band.parts[group], conditions + group * LANES)
-            refine = True
-    if refine:
-        sum_band(band, buffer, x, step, NULL)
+    sum_band(band, buffer, x, step, NULL)
     for group in range(band.rows.groups):
         if band.wanted[group]:
             finish_again(&band.rows.first, &band.parts[group], values + group * LANES,
                          conditions + group * LANES)
+
+
+cdef void refine_band(Band *band, real *buffer, const real **x, npy_intp *step, double *values,
+                      double *conditions) noexcept nogil:
+    """Badly conditioned rows again, with what their sums gave."""
+    cdef int group
+    cdef bint refine = False
+    for group in range(band.rows.groups):
+        band.wanted[group] = choose_again(
+            &band.rows.first, &band.parts[group], conditions + group * LANES, buffer[0])
+        refine |= band.wanted[group]
+    if refine:
+        band_again(band, buffer, x, step, values, conditions)
+
+
+# Long columns of categoricals, read in place: all terms of a row are relative to one shift. What
+# that will not do for is copied, strip by strip, each relative to a shift of its own.
+
+cdef void begin_shifts(Band *band, real of_type) noexcept nogil:
+    cdef const Row *row = &band.rows.first
+    cdef const real *x[2]
+    cdef npy_intp step[2]
+    cdef int group, operand
+    for operand in range(2):
+        x[operand] = <const real *> row.data[operand]
+        step[operand] = row.step[operand] // <npy_intp> sizeof(real)
+    for group in range(band.rows.groups):
+        band.wanted[group] = guess_shifts(x, step, &band.parts[group])
+        clear_lanes(&band.parts[group].sums)
+        x[0], x[1] = x[0] + LANES, x[1] + LANES
+
+
+cdef void copy_part(Band *band, int first, real *buffer, const real **x, npy_intp *step,
+                    double *values, double *conditions) noexcept nogil:
+    """Badly conditioned rows again, of a part of the band that begins with the group `first`."""
+    cdef int group, operand
+    cdef bint again = False
+    for operand in range(2):
+        band.rows.first.data[operand] += first * LANES * <npy_intp> sizeof(real)
+    for group in range(band.rows.groups):
+        copy(band.parts[first + group].beta, band.parts[group].beta)
+        begin_parts(&band.parts[group])
+        band.wanted[group] = not all_good(conditions + (first + group) * LANES)
+        again |= band.wanted[group]
+    if again:
+        band_again(band, buffer, x, step, values + first * LANES, conditions + first * LANES)
+
+
+cdef void copy_band(Band *band, real *buffer, const real **x, npy_intp *step, double *values,
+                    double *conditions) noexcept nogil:
+    """Badly conditioned rows again."""
+    cdef Rows rows = band.rows
+    cdef int first = 0, most = most_copied(2, buffer[0])
+    while first < rows.groups:
+        band.rows = rows
+        band.rows.groups, band.rows.in_place = min(most, rows.groups - first), False
+        copy_part(band, first, buffer, x, step, values, conditions)
+        first += most
+    band.rows = rows
 
 
 cdef void band_values(Band *band, double *values, double *conditions, real of_type) noexcept nogil:
@@ -500,9 +568,14 @@ cdef void band_values(Band *band, double *values, double *conditions, real of_ty
     cdef npy_intp step[MAX_OPERANDS]
     cdef Ahead next_band
     cdef Ahead *ahead = rows_ahead(&band.rows, &next_band, of_type)
+    cdef bint shifted = band.rows.in_place and row.family == Family.CATEGORICAL
     begin_band(band)
+    if shifted:
+        begin_shifts(band, of_type)
     if not sum_gapless(band, ahead, of_type):
         sum_band(band, <real *> buffer, x, step, ahead)
     finish_lanes(row, band.parts, band.rows.groups, values, conditions)
-    if can_refine(row):
+    if shifted or can_refine(row):
         refine_band(band, <real *> buffer, x, step, values, conditions)
+    if shifted:
+        copy_band(band, <real *> buffer, x, step, values, conditions)

@@ -10,6 +10,9 @@ Where P and Q are far apart nothing cancels either in
 whose sums are taken beside those that give c; their errors, 3e-7 + 4e-7 E_P|a - b| in float32, are
 small beside it.
 
+Long columns take one shift for all of a row, guessed by the first elements, then, where it leaves
+u too large, E_P[a - b]; so that each element is read once, where it lies.
+
 An exponent that is rounded to half an ulp costs e^x a relative error of |x| eps/2. Loops from the
 plainest, the first that is good enough for a block:
     near    T = 1, |a| < 40 (float64: 300), |y| < 0.34: phi is its series;
@@ -25,7 +28,7 @@ from gufunc cimport Watch, is_unwanted
 from libc.math cimport exp as libm_exp, expm1 as libm_expm1, log, sqrt
 from numpy cimport npy_intp
 from sums cimport (
-    BLOCK, LANES, STRIP, Ahead, LaneParts, LaneSums, Row, Slope, Sums, Trait, across, add,
+    BLOCK, LANES, MAX_GROUPS, STRIP, Ahead, LaneParts, LaneSums, Row, Slope, Sums, Trait, across, add,
     add_lanes, clear, clear_lanes, copy, divergence_of, element, fill, fold, keep_from, largest,
     least, round_off, run_length, two_sum,
 )
@@ -653,6 +656,108 @@ cdef void categorical_columns(const real **x, const npy_intp *step, int n, Ahead
     else:
         diverge_loop(common, True, x[0], x[1], step[0], step[1], n, 0, weights, constants,
                      infinite, ahead, &into.sums)
+
+
+# Both phases in one, relative to shifts that are there, with the terms of the unit loop.
+
+cdef enum:
+    GUESSED = 32             # elements that a shift is guessed by
+
+
+cdef bint guess_shifts(const real **x, const npy_intp *step, LaneParts *into) noexcept nogil:
+    """E_P[a - b] of the first elements of each of LANES rows. Those whose weights are not plain are
+    in doubt; False if all are."""
+    cdef real weights[GUESSED * LANES]
+    cdef real constants[CONSTANTS]
+    cdef int loops[LANES]
+    cdef int lane
+    weigh_columns(x, step, GUESSED, loops, constants, weights, NULL, into)
+    for lane in range(LANES):
+        into.peak[lane] = 0
+        into.doubtful[lane] = 0 if loops[lane] == Loop.PLAIN else 1
+    return least(into.doubtful) == 0
+
+
+cdef inline void shifted_run(const real *a, const real *b, npy_intp step_a, npy_intp step_b, int n,
+                             const real *shifts, real *reach_so_far, real *farthest_so_far,
+                             LaneSums *into) noexcept nogil:
+    """Add n terms of each lane."""
+    cdef int lane, i
+    cdef real x, y, y_rest, p
+    cdef real shift[LANES]
+    cdef real weight[LANES]
+    cdef real divergence[LANES]
+    cdef real drift[LANES]
+    cdef real reach[LANES]
+    cdef real farthest[LANES]
+    copy(shifts, shift)
+    copy(reach_so_far, reach)
+    copy(farthest_so_far, farthest)
+    for lane in range(LANES):
+        weight[lane] = divergence[lane] = drift[lane] = 0
+    for i in range(n):
+        for lane in range(LANES):
+            x = a[i * step_a + lane]
+            y = gap(x, b[i * step_b + lane], shift[lane], &y_rest)
+            p = exp(x, <real> 0)
+            weight[lane] += p
+            divergence[lane] += p * phi(y, y_rest)
+            drift[lane] += p * y
+            reach[lane] = larger(magnitude(x), reach[lane])
+            farthest[lane] = larger(magnitude(y), farthest[lane])
+    copy(reach, reach_so_far)
+    copy(farthest, farthest_so_far)
+    fold(weight, into.weight)
+    fold(divergence, into.divergence)
+    fold(drift, into.drift)
+
+
+cdef void shifted_columns(const real **x, const npy_intp *step, int n, int groups, int together,
+                          LaneParts *into) noexcept nogil:
+    """Add n elements of each of LANES rows; elements lie `step` apart. Groups side by side:
+    `together` elements of each group, then the next."""
+    cdef real shifts[MAX_GROUPS * LANES]
+    cdef real reach[MAX_GROUPS * LANES]
+    cdef real farthest[MAX_GROUPS * LANES]
+    cdef const real *a = x[0]
+    cdef const real *b = x[1]
+    cdef int lane, group, at, count, start = 0
+    cdef bint good
+    for group in range(groups):
+        for lane in range(LANES):
+            shifts[group * LANES + lane] = <real> into[group].shift[lane]
+        fill(reach + group * LANES, <real> 0)
+        fill(farthest + group * LANES, <real> 0)
+    while start < n:
+        count = min(together, n - start)
+        for group in range(groups):
+            at = group * LANES
+            prefetch_columns(a + at, step[0], count, together)
+            prefetch_columns(b + at, step[1], count, together)
+            shifted_run(a + at, b + at, step[0], step[1], count, shifts + at, reach + at,
+                        farthest + at, &into[group].sums)
+        a, b, start = a + count * step[0], b + count * step[1], start + count
+    for group in range(groups):
+        at = group * LANES
+        for lane in range(LANES):
+            good = (reach[at + lane] < offset_limit(reach[0])
+                    and farthest[at + lane] < safe_exponent(reach[0]))
+            into[group].doubtful[lane] = into[group].doubtful[lane] if good else 1
+
+
+cdef bint choose_shifts(LaneParts *parts, const double *conditions, real of_type) noexcept nogil:
+    """E_P[a - b] of rows with a negative condition, by their sums; False where no sums are any
+    good."""
+    cdef bint found = False
+    cdef double shift
+    cdef int lane
+    for lane in range(LANES):
+        if conditions[lane] < 0 and parts.doubtful[lane] == 0:
+            shift = parts.shift[lane] - parts.sums.drift[lane] / parts.sums.weight[lane]
+            if shift - shift == 0:
+                parts.shift[lane] = <double> <real> shift
+                found = True
+    return found
 
 
 cdef inline double peak_of(const Row *row, Watch *watch, int operand) noexcept nogil:

@@ -4,7 +4,7 @@ rows one by one; what is left over is computed again, each row by itself."""
 from numpy cimport npy_intp
 from gufunc cimport Batch, Kernel, Plan, Watch, thread_limit
 from sums cimport (
-    COPIED_BYTES, LANES, MAX_GROUPS, MAX_OPERANDS, SHORT_ROW, STRIP, Family, Format,
+    LANES, MAX_GROUPS, MAX_OPERANDS, SHORT_ROW, STRIP, Family, Format,
     LaneParts, Row, Sums, clear_lanes, fill,
 )
 from vecmath cimport real
@@ -107,6 +107,25 @@ cdef inline bint lie_in_columns(const Batch *batch, const Kernel *kernel,
     return True
 
 
+cdef inline bint are_read_in_place(const Batch *batch, const Kernel *kernel,
+                                   real of_type) noexcept nogil:
+    return batch.core[0] > STRIP and lie_in_columns(batch, kernel, of_type)
+
+
+cdef inline npy_intp next_line(const Batch *batch, npy_intp first) noexcept nogil:
+    """The column from `first` on at which a line of the cache begins, or a vector, if that is
+    shorter: what lies across two lines is fetched twice where rows are long, and takes half again
+    as long."""
+    cdef size_t size = batch.outer[0]
+    cdef size_t line = min(<size_t> 64 // size, <size_t> LANES)
+    return first + <npy_intp> (-(<size_t> batch.operands[0] // size + first) % line)
+
+
+cdef inline npy_intp begin_of(const Batch *batch, npy_intp first) noexcept nogil:
+    """Where tasks of long columns begin and end: at lines."""
+    return min(next_line(batch, first), batch.n) if first > 0 else 0
+
+
 cdef inline int finish_group(const Batch *batch, npy_intp first, int used, const Kernel *kernel,
                              Watch *watch, double *values, const double *conditions,
                              real of_type) noexcept nogil:
@@ -183,10 +202,10 @@ cdef inline void set_betas(const Batch *batch, npy_intp first, int used, const K
 cdef inline int most_groups(const Batch *batch, const Kernel *kernel, real of_type) noexcept nogil:
     """A line of columns, or as many short rows as the first cache holds easily, beside those that
     were asked for."""
-    if lie_in_columns(batch, kernel, of_type):
-        if kernel.family == Family.CATEGORICAL or batch.core[0] <= STRIP:
-            return COPIED_BYTES / row_operands(kernel) / sizeof(real) / LANES
+    if are_read_in_place(batch, kernel, of_type):
         return MAX_GROUPS
+    if lie_in_columns(batch, kernel, of_type):
+        return most_copied(row_operands(kernel), of_type)
     cdef npy_intp length = max(<npy_intp> 1, batch.core[0])
     return <int> max(<npy_intp> 1, min(<npy_intp> MAX_GROUPS, STRIP // 2 // length))
 
@@ -194,6 +213,8 @@ cdef inline int most_groups(const Batch *batch, const Kernel *kernel, real of_ty
 cdef inline int rows_in_bands(const Batch *batch, npy_intp first, npy_intp last,
                               const Kernel *kernel, Watch *watch, real of_type) noexcept nogil:
     cdef int status = 0, operand, group, used, at
+    cdef npy_intp following
+    cdef bint in_place = are_read_in_place(batch, kernel, of_type)
     cdef Band band
     cdef Rows *rows = &band.rows
     cdef double values[MAX_GROUPS * LANES]
@@ -202,11 +223,16 @@ cdef inline int rows_in_bands(const Batch *batch, npy_intp first, npy_intp last,
     rows.first, rows.used = row_at(batch, first, kernel), 0
     for operand in range(MAX_OPERANDS):
         rows.outer[operand] = batch.outer[operand]
+    if in_place:
+        first, last = begin_of(batch, first), begin_of(batch, last)
     while first < last:
         if last - first < LANES and batch.n >= LANES and not is_short(batch):
             first = last - LANES  # whole vectors: some rows are computed twice
         used = <int> min(most, last - first)
         used = used // LANES * LANES if used > LANES else used
+        following = first + used
+        if in_place and following < last and next_line(batch, first) > first:
+            used, following = LANES, next_line(batch, first)
         point_at(&rows.first, batch, first)
         if used != rows.used:
             choose_layout(rows, used, of_type)
@@ -217,7 +243,7 @@ cdef inline int rows_in_bands(const Batch *batch, npy_intp first, npy_intp last,
             at = group * LANES
             status |= finish_group(batch, first + at, min(used, LANES), kernel, watch, values + at,
                                    conditions + at, of_type)
-        first += used
+        first = following
     return status
 
 

@@ -166,6 +166,60 @@ def test_parts_that_differ(parts, rows, size, axis, temperature, dtype):
     assert_close(got[few], want, scale, ROWS[dtype], {"logits_p": a[few], "logits_q": b[few]})
 
 
+def at(index, x, more):
+    """A copy with so much more in one place."""
+    return np.concatenate([x[:index], x[index : index + 1] + more, x[index + 1 :]])
+
+
+KINDS = {  # of columns: what the first elements say about the rest, and what has no range
+    "unrelated": lambda a, b: (a, b),
+    "near": lambda a, b: (a, a + 1e-4 * b),
+    "offset": lambda a, b: (a + 3, a + 1e-4 * b),
+    "far": lambda a, b: (9 * a, 9 * b),
+    "most of the mass late": lambda a, b: (at(150, a, 25), at(150, b, 23)),
+    "another shift late": lambda a, b: (at(90, a, 9), b - 9),
+    "large": lambda a, b: (a + 95, b + 95),
+    "large late": lambda a, b: (at(150, a, 60), at(150, b, 61)),
+    "mask": lambda a, b: (at(40, a, -np.inf), at(40, b, -np.inf)),
+    "mask of P": lambda a, b: (at(3, a, -np.inf), b),
+    "mask of Q": lambda a, b: (a, at(120, b, -np.inf)),
+    "NaN": lambda a, b: (at(70, a, np.nan), b),
+    "infinite": lambda a, b: (a, at(70, b, np.inf)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [160, 500])
+@pytest.mark.parametrize("hot", [False, True])
+def test_columns_of_all_kinds_side_by_side(size, dtype, hot):
+    """Each is right, and has the bits that it has among its own kind, wherever it begins."""
+    rng = np.random.default_rng(size)
+    kinds = [kind for _ in range(6) for kind in KINDS]
+    columns = [KINDS[kind](*rng.normal(size=(2, size)).astype(dtype)) for kind in kinds]
+    a, b = (np.stack(x, axis=-1).astype(dtype) for x in zip(*columns, strict=True))
+    temperature = np.where(np.arange(len(kinds)) // 3 % 3 < hot, 2.0, 1.0)
+
+    def kl(which):
+        p, q = (np.ascontiguousarray(x[:, which]) for x in (a, b))
+        with np.errstate(invalid="ignore"):
+            return klfast.kl_categorical(p, q, axis=0, temperature=temperature[which])
+
+    got = kl(slice(None))
+    for first in (1, 2, 5, 11):
+        np.testing.assert_array_equal(kl(slice(first, None)), got[first:], err_msg=str(first))
+    undefined = np.isin(kinds, ["NaN", "infinite"])
+    assert np.isnan(got[undefined]).all()
+    for t in np.unique(temperature):
+        for kind in KINDS:
+            which = np.flatnonzero((np.array(kinds) == kind) & (temperature == t))
+            alike = np.resize(which, 20 if which.size else 0)
+            np.testing.assert_array_equal(kl(alike), got[alike], err_msg=kind)
+        few = np.flatnonzero(~undefined & (temperature == t))[:26]
+        p, q = a.T[few], b.T[few]
+        want, scale = oracle.kl_categorical(p, q, temperature=t)
+        assert_close(got[few], want, scale, ROWS[dtype], {"logits_p": p, "logits_q": q})
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [2, 31, 1000])
 @pytest.mark.parametrize("normalize", [True, False])
