@@ -2,8 +2,8 @@
 further apart than the rows do.
 
 Rows are columns here: in place, where they are long, or in a buffer, to which rows are transposed,
-lines of columns that are read twice copied, and all else gathered and converted. A row's bits do not depend on its
-neighbours, those of a short one not on how it lies either.
+lines of columns that are read twice copied, and all else gathered and converted. A row's bits do
+not depend on its neighbours, those of a short one not on how it lies either.
 """
 
 from numpy cimport npy_intp
