@@ -8,7 +8,7 @@ not depend on its neighbours, those of a short one not on how it lies either.
 
 from numpy cimport npy_intp
 from sums cimport (
-    COPIED_BYTES, LANES, MAX_GROUPS, MAX_OPERANDS, SHORT_ROW, STRIP, Ahead, Family, LaneParts,
+    COPY_BYTES, LANES, MAX_GROUPS, MAX_OPERANDS, SHORT_ROW, STRIP, Ahead, Family, LaneParts,
     LaneSums, Row, clear_lanes, copy, fill, least, two_sum,
 )
 from vecmath cimport INFINITY, larger, real
@@ -73,9 +73,10 @@ cdef void choose_layout(Rows *rows, int used, real of_type) noexcept nogil:
     rows.in_place = rows.in_lines and rows.first.length > STRIP
 
 
-cdef inline int most_copied(int n_operands, real of_type) noexcept nogil:
-    """Groups of columns."""
-    return COPIED_BYTES // n_operands // <int> sizeof(real) // LANES
+cdef inline int most_copied(int n_operands, npy_intp length, real of_type) noexcept nogil:
+    """Groups of columns, as many as the buffer holds."""
+    cdef int strip = <int> min(length, <npy_intp> STRIP)
+    return min(<int> MAX_GROUPS, COPY_BYTES // (n_operands * strip * LANES * <int> sizeof(real)))
 
 
 cdef inline void transpose(const real *x, npy_intp outer, int n, int rows, real *into,
@@ -110,10 +111,11 @@ cdef inline int strip_length(const Rows *rows, npy_intp start) noexcept nogil:
 cdef void load_lines(const Rows *rows, npy_intp start, int n, real *buffer, const real **x,
                      npy_intp *step) noexcept nogil:
     """Copies, of what is read twice: lines of the cache a power of two apart evict each other. Of
-    all operands in turn, each asked for some rows ahead: processors do not foresee the way from
-    row to row."""
+    all operands in turn, each asked for some rows ahead, then of the next band: processors do not
+    foresee the way from row to row."""
     cdef const Row *row = &rows.first
     cdef int operand, i, n_operands = row.n_operands, width = rows.groups * LANES
+    cdef int ahead = min(n, <int> ROWS_AHEAD)
     cdef npy_intp line = width * sizeof(real), pitch = n * line
     cdef const char *data[MAX_OPERANDS]
     cdef npy_intp outer[MAX_OPERANDS]
@@ -124,7 +126,8 @@ cdef void load_lines(const Rows *rows, npy_intp start, int n, real *buffer, cons
         x[operand], step[operand] = buffer + operand * n * width, width
     for i in range(n):
         for operand in range(n_operands):
-            copy_line(data[operand], ROWS_AHEAD * outer[operand], line, into + operand * pitch)
+            copy_line(data[operand], ahead * outer[operand] if i + ahead < n else
+                      line - (n - ahead) * outer[operand], line, into + operand * pitch)
             data[operand] += outer[operand]
         into += line
 
@@ -550,7 +553,7 @@ cdef void copy_band(Band *band, real *buffer, const real **x, npy_intp *step, do
                     double *conditions) noexcept nogil:
     """Badly conditioned rows again."""
     cdef Rows rows = band.rows
-    cdef int first = 0, most = most_copied(2, buffer[0])
+    cdef int first = 0, most = most_copied(2, rows.first.length, buffer[0])
     while first < rows.groups:
         band.rows = rows
         band.rows.groups, band.rows.in_place = min(most, rows.groups - first), False
@@ -562,7 +565,7 @@ cdef void copy_band(Band *band, real *buffer, const real **x, npy_intp *step, do
 cdef void band_values(Band *band, double *values, double *conditions, real of_type) noexcept nogil:
     """The values of all rows; those with a negative condition the fast formulas do not vouch
     for."""
-    cdef double buffer[STRIP * COPIED_BYTES / 8]
+    cdef double buffer[COPY_BYTES / 8]
     cdef const Row *row = &band.rows.first
     cdef const real *x[MAX_OPERANDS]
     cdef npy_intp step[MAX_OPERANDS]

@@ -4,8 +4,8 @@ rows one by one; what is left over is computed again, each row by itself."""
 from numpy cimport npy_intp
 from gufunc cimport Batch, Kernel, Plan, Watch, thread_limit
 from sums cimport (
-    LANES, MAX_GROUPS, MAX_OPERANDS, SHORT_ROW, STRIP, Family, Format,
-    LaneParts, Row, Sums, clear_lanes, fill,
+    LANES, MAX_GROUPS, MAX_OPERANDS, SHORT_ROW, STRIP, Family, Format, LaneParts, Row, Sums,
+    clear_lanes, fill,
 )
 from vecmath cimport real
 
@@ -205,7 +205,7 @@ cdef inline int most_groups(const Batch *batch, const Kernel *kernel, real of_ty
     if are_read_in_place(batch, kernel, of_type):
         return MAX_GROUPS
     if lie_in_columns(batch, kernel, of_type):
-        return most_copied(row_operands(kernel), of_type)
+        return most_copied(row_operands(kernel), max(<npy_intp> 1, batch.core[0]), of_type)
     cdef npy_intp length = max(<npy_intp> 1, batch.core[0])
     return <int> max(<npy_intp> 1, min(<npy_intp> MAX_GROUPS, STRIP // 2 // length))
 

@@ -32,7 +32,7 @@ cdef enum:
     MOST_STEPS = STEP_BYTES / 4 / LANES
     MAX_OPERANDS = 4
     MOST_COLUMNS = 1024      # neighbours that are read where they lie: a page of floats
-    COPIED_BYTES = 1024      # of those of all operands together that are copied
+    COPY_BYTES = 1024 * STRIP  # of those that are copied, of all operands together
     MAX_GROUPS = MOST_COLUMNS / LANES
 
 cdef enum Family:

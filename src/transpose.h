@@ -39,7 +39,7 @@ static inline void prefetch_far(const char *data, ptrdiff_t n) {
 static inline void copy_line(const char *line, ptrdiff_t ahead, ptrdiff_t n, char *into) {
     ptrdiff_t i = 0;
     for (; i + 64 <= n; i += 64) {
-        prefetch(line + ahead + i, 64);
+        prefetch_far(line + ahead + i, 64);
         copy_32(line + i, into + i);
         copy_32(line + i + 32, into + i + 32);
     }
