@@ -8,7 +8,7 @@ not depend on its neighbours, those of a short one not on how it lies either.
 
 from numpy cimport npy_intp
 from sums cimport (
-    COPY_BYTES, LANES, MAX_GROUPS, MAX_OPERANDS, SHORT_ROW, STRIP, Ahead, Family, LaneParts,
+    COPY_BYTES, LANES, MAX_GROUPS, MAX_OPERANDS, RUN, SHORT_ROW, STRIP, Ahead, Family, LaneParts,
     LaneSums, Row, clear_lanes, copy, fill, least, two_sum,
 )
 from vecmath cimport INFINITY, larger, real
@@ -173,8 +173,10 @@ cdef Ahead *rows_ahead(const Rows *rows, Ahead *ahead, real of_type) noexcept no
 
 cdef inline void prefetch_columns(const real *x, npy_intp step, int n, int ahead) noexcept nogil:
     """Ask for so many columns after n of them: processors do not foresee the way from line to
-    line."""
+    line. Once for each line."""
     cdef int i
+    if <size_t> x % 64 >= LANES * sizeof(real):
+        return
     for i in range(n, n + ahead):
         prefetch_far(<const char *> (x + i * step), LANES * sizeof(real))
 
@@ -355,9 +357,9 @@ cdef void sum_strip(Band *band, int n, const real **x, const npy_intp *step, int
 
 
 cdef inline int columns_together(const Row *row) noexcept nogil:
-    """Of those that are read where they lie: 16 lines, as many as processors follow by
-    themselves."""
-    return 16 // row.n_operands
+    """Of those that are read where they lie: 256 elements of all operands, so that few lines of the
+    cache are open at a time, in one run."""
+    return min(<int> RUN, 256 // LANES // row.n_operands)
 
 
 cdef void sum_band(Band *band, real *buffer, const real **x, npy_intp *step,
