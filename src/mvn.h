@@ -478,7 +478,8 @@ typedef struct { mvn_vec l[MVN_SMALL_TRIANGLE], reciprocal[MVN_SMALL]; } mvn_sma
 #define MVN_AHEAD 2048 /* bytes, at least */
 
 /* Asks for `count` n-ths, from number i on, of the matrices two groups or more after that of
- * `item`, if they lie side by side. Beyond the last item it asks in vain. */
+ * `item`, if they lie side by side. Beyond the last item it asks in vain. Larger ones into the
+ * second cache: 8 rows from memory in two thirds of the time, but 2 rows take a quarter longer. */
 MVN_INLINE void mvn_prefetch_group(
     const mvn_side *s, ptrdiff_t item, ptrdiff_t i, ptrdiff_t count, ptrdiff_t n, int single) {
     const ptrdiff_t size = single ? sizeof(float) : sizeof(double), share = MVN_LANES * n * size;
@@ -486,7 +487,8 @@ MVN_INLINE void mvn_prefetch_group(
     if (s->shared || s->matrix_outer > n * n * size) return;
     begin += 2 * n * share > MVN_AHEAD ? 2 * n * share : MVN_AHEAD;
     MVN_UNROLL for (ptrdiff_t at = 0; at < count * share; at += 64) {
-        __builtin_prefetch(begin + at, 0, 3);
+        if (n > 4) __builtin_prefetch(begin + at, 0, 2);
+        else __builtin_prefetch(begin + at, 0, 3);
     }
 }
 
