@@ -357,9 +357,9 @@ cdef void sum_strip(Band *band, int n, const real **x, const npy_intp *step, int
 
 
 cdef inline int columns_together(const Row *row) noexcept nogil:
-    """Of those that are read where they lie: 256 elements of all operands, so that few lines of the
-    cache are open at a time, in one run."""
-    return min(<int> RUN, 256 // LANES // row.n_operands)
+    """Of those that are read where they lie: a run, or less where there is less arithmetic between
+    what is asked for."""
+    return RUN if row.family == Family.CATEGORICAL else 64 // LANES
 
 
 cdef void sum_band(Band *band, real *buffer, const real **x, npy_intp *step,
