@@ -1,8 +1,8 @@
-"""LANES rows side by side, in bands of a few such groups: short rows, and rows whose elements lie
+"""LANES rows side by side, in bands of such groups: short rows, and rows whose elements lie
 further apart than the rows do.
 
 Rows are columns here: in place, where they are long, or in a buffer, to which rows are transposed,
-lines of columns that are read twice copied, and all else gathered and converted. A row's bits do
+lines of columns copied, and all else gathered and converted. A row's bits do
 not depend on its neighbours, those of a short one not on how it lies either.
 """
 
@@ -110,12 +110,12 @@ cdef inline int strip_length(const Rows *rows, npy_intp start) noexcept nogil:
 
 cdef void load_lines(const Rows *rows, npy_intp start, int n, real *buffer, const real **x,
                      npy_intp *step) noexcept nogil:
-    """Copies, of what is read twice: lines of the cache a power of two apart evict each other. Of
-    all operands in turn, each asked for some rows ahead, then of the next band: processors do not
-    foresee the way from row to row."""
+    """Copies: lines of the cache a power of two apart evict each other before they are read again,
+    or beside those of other groups. Of all operands in turn, each asked for some rows ahead, at the
+    end of the next band: processors do not foresee the way from row to row."""
     cdef const Row *row = &rows.first
     cdef int operand, i, n_operands = row.n_operands, width = rows.groups * LANES
-    cdef int ahead = min(n, <int> ROWS_AHEAD)
+    cdef npy_intp ahead = min(row.length, <npy_intp> ROWS_AHEAD)
     cdef npy_intp line = width * sizeof(real), pitch = n * line
     cdef const char *data[MAX_OPERANDS]
     cdef npy_intp outer[MAX_OPERANDS]
@@ -126,8 +126,9 @@ cdef void load_lines(const Rows *rows, npy_intp start, int n, real *buffer, cons
         x[operand], step[operand] = buffer + operand * n * width, width
     for i in range(n):
         for operand in range(n_operands):
-            copy_line(data[operand], ahead * outer[operand] if i + ahead < n else
-                      line - (n - ahead) * outer[operand], line, into + operand * pitch)
+            copy_line(data[operand], ahead * outer[operand] if start + i + ahead < row.length
+                      else line - (row.length - ahead) * outer[operand], line,
+                      into + operand * pitch)
             data[operand] += outer[operand]
         into += line
 
@@ -302,7 +303,7 @@ cdef void add_shifted(LaneTotals *whole, const LaneParts *part) noexcept nogil:
 
 
 cdef void add_strip(LaneTotals *whole, const LaneParts *part, bint first,
-                    bint shifted) noexcept nogil:
+                    bint own_shifts) noexcept nogil:
     if first:
         whole.sums = part.sums
         copy(part.shift, whole.shift)
@@ -310,7 +311,7 @@ cdef void add_strip(LaneTotals *whole, const LaneParts *part, bint first,
         clear_lanes(&whole.rests)
         copy(part.sums.rest, whole.rests.drift)
         return
-    if shifted:
+    if own_shifts:
         add_shifted(whole, part)
         return
     add_exactly(whole.sums.weight, part.sums.weight, whole.rests.weight)
@@ -359,7 +360,7 @@ cdef void sum_strip(Band *band, int n, const real **x, const npy_intp *step, int
 cdef inline int columns_together(const Row *row) noexcept nogil:
     """Of those that are read where they lie: a run, or less where there is less arithmetic between
     what is asked for."""
-    return RUN if row.family == Family.CATEGORICAL else 64 // LANES
+    return RUN if row.family == Family.CATEGORICAL else min(<int> RUN, 64 // LANES)
 
 
 cdef void sum_band(Band *band, real *buffer, const real **x, npy_intp *step,
@@ -512,7 +513,7 @@ cdef void refine_band(Band *band, real *buffer, const real **x, npy_intp *step, 
     cdef bint refine = False
     for group in range(band.rows.groups):
         band.wanted[group] = choose_again(
-            &band.rows.first, &band.parts[group], conditions + group * LANES, buffer[0])
+            &band.rows.first, &band.parts[group], conditions + group * LANES, <real> 0)
         refine |= band.wanted[group]
     if refine:
         band_again(band, buffer, x, step, values, conditions)
@@ -537,25 +538,27 @@ cdef void begin_shifts(Band *band, real of_type) noexcept nogil:
 
 cdef void copy_part(Band *band, int first, real *buffer, const real **x, npy_intp *step,
                     double *values, double *conditions) noexcept nogil:
-    """Badly conditioned rows again, of a part of the band that begins with the group `first`."""
+    """Copies of a part of the band, which begins with the group `first`."""
     cdef int group, operand
     cdef bint again = False
+    for group in range(band.rows.groups):
+        band.wanted[group] = not all_good(conditions + (first + group) * LANES)
+        again |= band.wanted[group]
+    if not again:
+        return
     for operand in range(2):
         band.rows.first.data[operand] += first * LANES * <npy_intp> sizeof(real)
     for group in range(band.rows.groups):
         copy(band.parts[first + group].beta, band.parts[group].beta)
         begin_parts(&band.parts[group])
-        band.wanted[group] = not all_good(conditions + (first + group) * LANES)
-        again |= band.wanted[group]
-    if again:
-        band_again(band, buffer, x, step, values + first * LANES, conditions + first * LANES)
+    band_again(band, buffer, x, step, values + first * LANES, conditions + first * LANES)
 
 
 cdef void copy_band(Band *band, real *buffer, const real **x, npy_intp *step, double *values,
                     double *conditions) noexcept nogil:
-    """Badly conditioned rows again."""
+    """Rows again that are badly conditioned still: copies, strip by strip."""
     cdef Rows rows = band.rows
-    cdef int first = 0, most = most_copied(2, rows.first.length, buffer[0])
+    cdef int first = 0, most = most_copied(2, rows.first.length, <real> 0)
     while first < rows.groups:
         band.rows = rows
         band.rows.groups, band.rows.in_place = min(most, rows.groups - first), False

@@ -10,8 +10,9 @@ Where P and Q are far apart nothing cancels either in
 whose sums are taken beside those that give c; their errors, 3e-7 + 4e-7 E_P|a - b| in float32, are
 small beside it.
 
-Long columns take one shift for all of a row, guessed by the first elements, then, where it leaves
-u too large, E_P[a - b]; so that each element is read once, where it lies.
+Long columns with T = 1 and plain weights take one shift for all of a row, so that an element is
+read once, where it lies: a guess by the first elements, then, where that leaves the sums badly
+conditioned, E_P[a - b]. Others are copied strip by strip, each relative to a shift of its own.
 
 An exponent that is rounded to half an ulp costs e^x a relative error of |x| eps/2. Loops from the
 plainest, the first that is good enough for a block:
@@ -658,7 +659,7 @@ cdef void categorical_columns(const real **x, const npy_intp *step, int n, Ahead
                      infinite, ahead, &into.sums)
 
 
-# Both phases in one, relative to shifts that are there, with the terms of the unit loop.
+# Both phases in one, relative to shifts that are given, with the terms of the unit loop.
 
 cdef enum:
     GUESSED = 32             # elements that a shift is guessed by

@@ -4,8 +4,8 @@ NumPy calls `gufunc_loop` once for each innermost batch axis; `data` carries the
 batch axes do not lie as one, as those of (M, 1, K) against (1, N, K), `grid_loop` has both. The
 loop cuts rows, or lines of them, into tasks that threads take in turn. A row's result depends on
 the row alone, never on how rows were handed out: tasks begin at multiples of the kernel's group of
-neighbouring rows, and a kernel that spreads one long row over threads cuts it into pieces of fixed
-length.
+neighbouring rows, or at the lines of the cache that follow these, and a kernel that spreads one long
+row over threads cuts it into pieces of fixed length.
 """
 
 from libc.math cimport INFINITY
@@ -62,7 +62,8 @@ ctypedef struct Plan:
     bint splits_rows       # the kernel itself can spread a row over threads, and looks for signals
 
 ctypedef struct Kernel:
-    # rows first..last-1 of a batch; returns status bits
+    # rows first..last-1 of a batch, or those between the lines of the cache that follow these, so
+    # that tasks together compute all; returns status bits
     int (*rows)(const Batch *batch, npy_intp first, npy_intp last,
                 const Kernel *kernel, Watch *watch) noexcept nogil
     Plan (*plan)(const Batch *batch, const Kernel *kernel) noexcept nogil

@@ -200,8 +200,8 @@ cdef inline void set_betas(const Batch *batch, npy_intp first, int used, const K
 
 
 cdef inline int most_groups(const Batch *batch, const Kernel *kernel, real of_type) noexcept nogil:
-    """A line of columns, or as many short rows as the first cache holds easily, beside those that
-    were asked for."""
+    """All columns that are read in place; copied ones, as many as the buffer holds; short rows, as
+    many as the first cache holds easily, beside those that were asked for."""
     if are_read_in_place(batch, kernel, of_type):
         return MAX_GROUPS
     if lie_in_columns(batch, kernel, of_type):

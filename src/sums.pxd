@@ -31,7 +31,7 @@ cdef enum:
     LONG_RUN = 32      # terms a lane sums in double before other sums take over
     MOST_STEPS = STEP_BYTES / 4 / LANES
     MAX_OPERANDS = 4
-    MOST_COLUMNS = 1024      # neighbours that are read where they lie: a page of floats
+    MOST_COLUMNS = 1024      # in a band: a page of floats
     COPY_BYTES = 1024 * STRIP  # of those that are copied, of all operands together
     MAX_GROUPS = MOST_COLUMNS / LANES
 
