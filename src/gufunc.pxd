@@ -4,8 +4,8 @@ NumPy calls `gufunc_loop` once for each innermost batch axis; `data` carries the
 batch axes do not lie as one, as those of (M, 1, K) against (1, N, K), `grid_loop` has both. The
 loop cuts rows, or lines of them, into tasks that threads take in turn. A row's result depends on
 the row alone, never on how rows were handed out: tasks begin at multiples of the kernel's group of
-neighbouring rows, or at the lines of the cache that follow these, and a kernel that spreads one long
-row over threads cuts it into pieces of fixed length.
+neighbouring rows, or at the lines of the cache that follow these, and a kernel that spreads one
+long row over threads cuts it into pieces of fixed length.
 """
 
 from libc.math cimport INFINITY
