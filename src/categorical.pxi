@@ -30,8 +30,8 @@ from libc.math cimport exp as libm_exp, expm1 as libm_expm1, log, sqrt
 from numpy cimport npy_intp
 from sums cimport (
     BLOCK, LANES, MAX_GROUPS, STRIP, Ahead, LaneParts, LaneSums, Row, Slope, Sums, Trait, across,
-    add, add_lanes, clear, clear_lanes, copy, divergence_of, element, fill, fold, keep_from,
-    largest, least, round_off, run_length, two_sum,
+    add, clear, clear_lanes, copy, divergence_of, element, fill, fold, keep_from, largest, least,
+    round_off, run_length, take_lanes, two_sum,
 )
 from vecmath cimport (
     INFINITY, NAN, exp, expm1, larger, magnitude, phi, phi_near, real, residual_product,
@@ -548,7 +548,7 @@ cdef void categorical_block(const real **x, int n, double beta, Sums *into) noex
     diverge_loop(loop, offset, x[0], x[1], LANES, LANES, n // LANES, (LANES - n % LANES) % LANES,
                  weights, constants, infinite, NULL, &lanes)
     copy(sums.weight, lanes.weight)
-    add_lanes(into, &lanes)
+    take_lanes(&lanes, into)
     into.doubtful |= loop == Loop.FAR and largest(infinite) > 0
 
 

@@ -18,8 +18,8 @@ from libc.math cimport fabs, frexp, ldexp, log, log1p
 from numpy cimport npy_intp
 from sums cimport (
     LANES, MAX_GROUPS, MOST_STEPS, RUN, Ahead, Format, LaneParts, LaneSums, Row, Slope, Sums, Trait,
-    add, add_lanes, add_lanes_exactly, clear, clear_lanes, copy, divergence_of, element, fill, fold,
-    keep_from, largest, least, run_length, round_off, steps_together, two_sum,
+    add, clear, clear_lanes, copy, divergence_of, element, fill, fold, keep_from, largest, least,
+    round_off, run_length, steps_together, take_lanes, take_lanes_exactly, two_sum,
 )
 from vecmath cimport (
     INFINITY, LN2, NAN, at_least, atanh_tail, larger, match_exponent, ratio_exponent, ratio_log,
@@ -203,15 +203,30 @@ cdef inline void discrete_runs(const real *p, const real *q, npy_intp step_p, np
                                real *lowest, Ahead *ahead, LaneSums *into) noexcept nogil:
     """Add n terms of each lane, and of the lanes from `first` on, if it is not 0, one more, from a
     vector that overlaps the last."""
-    cdef int length
+    cdef int length, full = run_length(1 << 20, 2 if normalize else 1, <real> 0)
     while n > 0:
         length = run_length(n, 2 if normalize else 1, <real> 0)
-        any_run(p, q, step_p, step_q, length, steps_together(<real> 0), 0, scaled, normalize, ratio,
-                lowest, ahead, into)
+        if length == full:  # a constant for the loops
+            any_run(p, q, step_p, step_q, full, steps_together(<real> 0), 0, scaled, normalize,
+                    ratio, lowest, ahead, into)
+        else:
+            any_run(p, q, step_p, step_q, length, steps_together(<real> 0), 0, scaled, normalize,
+                    ratio, lowest, ahead, into)
         p, q, n = p + length * step_p, q + length * step_q, n - length
     if first:
         any_run(p - first, q - first, step_p, step_q, 1, 1, first, scaled, normalize, ratio, lowest,
                 NULL, into)
+
+
+cdef void discrete_row_loop(const real *p, const real *q, int n, int first, bint scaled,
+                            bint normalize, const real *ratio, real *lowest,
+                            LaneSums *into) noexcept nogil:
+    if not normalize:
+        discrete_runs(p, q, LANES, LANES, n, first, False, False, ratio, lowest, NULL, into)
+    elif scaled:
+        discrete_runs(p, q, LANES, LANES, n, first, True, True, ratio, lowest, NULL, into)
+    else:
+        discrete_runs(p, q, LANES, LANES, n, first, False, True, ratio, lowest, NULL, into)
 
 
 cdef inline void discrete_groups(const real *p, const real *q, npy_intp step_p, npy_intp step_q,
@@ -273,26 +288,28 @@ cdef void discrete_block(const real **x, int n, bint normalize, double ratio,
                          Sums *into) noexcept nogil:
     """The sums of n elements, LANES or more once padded; the last lanes overlap what was added
     before and do not count."""
-    cdef LaneParts lanes
+    cdef LaneSums lanes
     cdef real ratios[LANES]
     cdef real lowest[LANES]
+    cdef double margin
     cdef int first = (LANES - n % LANES) % LANES
     cdef npy_intp last = n - LANES
     cdef bint scaled = normalize and ratio != 1
-    clear_lanes(&lanes.sums)
+    clear_lanes(&lanes)
     fill(ratios, <real> ratio)
     fill(lowest, <real> 1)
-    discrete_loop(x[0], x[1], LANES, LANES, n // LANES, 1, 0, first, scaled, normalize, ratios,
-                  lowest, NULL, &lanes)
+    discrete_row_loop(x[0], x[1], n // LANES, first, scaled, normalize, ratios, lowest, &lanes)
     if normalize:
-        add_lanes(into, &lanes.sums)
+        take_lanes(&lanes, into)
     else:
-        add_lanes_exactly(into, &lanes.sums)
-    if least(lowest) < smallest_weight(scaled, <real> 0):
+        take_lanes_exactly(&lanes, into)
+    margin = least(lowest)
+    if margin < smallest_weight(scaled, <real> 0):
         fill(lowest, <real> 0)
         lower_margins(x[0], x[1], LANES, LANES, n // LANES, scaled, ratios, lowest)
         lower_margins(x[0] + last, x[1] + last, LANES, LANES, 1, scaled, ratios, lowest)
-    into.doubtful |= out_of_range(least(lowest), into.weight, <real> 0)
+        margin = least(lowest)
+    into.doubtful = out_of_range(margin, into.weight, <real> 0)
 
 
 cdef void doubt_columns(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,

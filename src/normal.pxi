@@ -15,7 +15,7 @@ from gufunc cimport Watch, is_unwanted
 from libc.math cimport exp as libm_exp, expm1 as libm_expm1, fabs, log
 from numpy cimport npy_intp
 from sums cimport (
-    LANES, MAX_GROUPS, MOST_STEPS, STRIP, Ahead, LaneParts, LaneSums, Row, Sums, Trait, across, add,
+    LANES, MAX_GROUPS, MOST_STEPS, STRIP, Ahead, LaneParts, LaneSums, Row, Sums, Trait, across,
     clear_lanes, copy, element, fill, fold, keep_from, largest, run_length, steps_together,
 )
 from vecmath cimport (
@@ -273,7 +273,7 @@ cdef void normal_block(const real **x, int n, const Row *row, Sums *into) noexce
     for operand in range(4):
         step[operand] = LANES
     normal_loop(x, step, n // LANES, 1, 0, (LANES - n % LANES) % LANES, row, NULL, doubts, &lanes)
-    add(into, 0, across(lanes.sums.divergence), 0, 0)
+    into.divergence = across(lanes.sums.divergence)
     for lane in range(LANES):
         into.doubtful |= doubts[lane] > 0
 

@@ -21,6 +21,7 @@ from vecmath cimport (
 )
 
 cdef enum:
+    LONG_BLOCK = 4 * BLOCK
     PIECE = 64 * BLOCK
     TEAM = 64                  # pieces that threads take in turn before they are combined
     MAX_PASSES = 6             # over one row, each with the ratio that the one before found
@@ -79,16 +80,21 @@ cdef void load_copy(const Row *row, npy_intp start, int n, real *buffer,
         buffer += BLOCK + LANES
 
 
+cdef inline bint find_block(const Row *row, npy_intp start, int n, const real **x) noexcept nogil:
+    """Whether n elements of each operand lie side by side, as they are wanted: x tells where."""
+    cdef int operand
+    cdef bint in_place = n >= LANES
+    for operand in range(row.n_operands):
+        in_place &= lies_ready(row, operand, <real> 0)
+        x[operand] = <const real *> row.data[operand] + start
+    return in_place
+
+
 cdef inline void load_block(const Row *row, npy_intp start, int n, real *buffer,
                             const real **x) noexcept nogil:
     """n elements of each operand side by side: in place, or in the buffer. Fewer than LANES have
     LANES - n copies of the first before them, so that whole vectors can be read up to the last."""
-    cdef int operand
-    cdef bint in_place = n >= LANES
-    for operand in range(row.n_operands):
-        in_place &= lies_ready(row, operand, buffer[0])
-        x[operand] = <const real *> row.data[operand] + start
-    if not in_place:
+    if not find_block(row, start, n, x):
         load_copy(row, start, n, buffer, x)
 
 
@@ -165,9 +171,9 @@ cdef void combine(const Sums *parts, npy_intp n, double beta, Sums *whole) noexc
 
 # One row.
 
-cdef inline int block_length(npy_intp start, npy_intp stop) noexcept nogil:
+cdef inline int block_length(npy_intp start, npy_intp stop, int most=BLOCK) noexcept nogil:
     """No block of less than LANES at the end of a longer stretch."""
-    return BLOCK if stop - start >= BLOCK + LANES else <int> (stop - start)
+    return most if stop - start >= most + LANES else <int> (stop - start)
 
 
 cdef inline void sum_block(const Row *row, const real **x, int n, double ratio,
@@ -181,24 +187,38 @@ cdef inline void sum_block(const Row *row, const real **x, int n, double ratio,
         categorical_block(x, n, row.inverse_temperature, sums)
 
 
-cdef void sum_stretch(const Row *row, npy_intp start, npy_intp stop, double ratio, Sums *sums,
-                      real of_type) noexcept nogil:
-    """Elements start..stop-1, less than two pieces."""
+cdef void sum_blocks(const Row *row, npy_intp start, npy_intp stop, int most, double ratio,
+                     Sums *sums, real of_type) noexcept nogil:
     cdef real buffer[MAX_OPERANDS * (BLOCK + LANES)]
     cdef const real *x[MAX_OPERANDS]
     cdef Sums parts[2 * PIECE / BLOCK]
-    cdef int n = block_length(start, stop), blocks = 0
-    load_block(row, start, n, buffer, x)
+    cdef int n = block_length(start, stop, most), blocks = 0
     if start + n == stop:
+        load_block(row, start, n, buffer, x)
         sum_block(row, x, n, ratio, sums)
         return
     while start < stop:
-        n = block_length(start, stop)
+        n = block_length(start, stop, most)
         load_block(row, start, n, buffer, x)
         sum_block(row, x, n, ratio, &parts[blocks])
         blocks += 1
         start += n
     combine(parts, blocks, row.inverse_temperature, sums)
+
+
+cdef inline void sum_stretch(const Row *row, npy_intp start, npy_intp stop, double ratio,
+                             Sums *sums, real of_type) noexcept nogil:
+    """Elements start..stop-1, less than two pieces. Where they lie, more at a time, unless each
+    block has a shift of its own."""
+    cdef const real *x[MAX_OPERANDS]
+    cdef int n = block_length(start, stop)
+    cdef bint in_place = find_block(row, start, n, x)
+    cdef int most = LONG_BLOCK if in_place and row.family != Family.CATEGORICAL else BLOCK
+    n = block_length(start, stop, most)
+    if in_place and start + n == stop:
+        sum_block(row, x, n, ratio, sums)
+    else:
+        sum_blocks(row, start, stop, most, ratio, sums, of_type)
 
 
 cdef inline npy_intp pieces_of(const Row *row) noexcept nogil:
@@ -233,16 +253,12 @@ cdef int sum_piece_f64(void *context, npy_intp i) noexcept nogil:
     return 0
 
 
-cdef void sum_row(const Row *row, double ratio, Watch *watch, Sums *sums,
-                  real of_type) noexcept nogil:
-    """All there is, or anything once it is no longer wanted."""
+cdef void sum_pieces(const Row *row, double ratio, Watch *watch, Sums *sums,
+                     real of_type) noexcept nogil:
     cdef Sums team[TEAM + 1]
     cdef Sums *parts = &team[1]
     cdef npy_intp pieces = pieces_of(row), start = 0, count
     cdef SumPieces job
-    if pieces == 1:
-        sum_stretch(row, 0, row.length, ratio, sums, of_type)
-        return
     job.row, job.ratio, job.watch, job.parts = row, ratio, watch, parts
     while start < pieces and not watch.stop:
         job.start, count = start, min(<npy_intp> TEAM, pieces - start)
@@ -253,6 +269,15 @@ cdef void sum_row(const Row *row, double ratio, Watch *watch, Sums *sums,
             team[0] = sums[0]
             combine(team, count + 1, row.inverse_temperature, sums)
         start += count
+
+
+cdef inline void sum_row(const Row *row, double ratio, Watch *watch, Sums *sums,
+                         real of_type) noexcept nogil:
+    """All there is, or anything once it is no longer wanted."""
+    if pieces_of(row) == 1:
+        sum_stretch(row, 0, row.length, ratio, sums, of_type)
+    else:
+        sum_pieces(row, ratio, watch, sums, of_type)
 
 
 # What the sums stand for.

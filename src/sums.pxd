@@ -170,13 +170,14 @@ cdef inline double largest(const real *lanes) noexcept nogil:
     return -least(negative)
 
 
-cdef inline void add_lanes(Sums *into, const LaneSums *lanes) noexcept nogil:
-    """Add the lanes of one row."""
-    add(into, across(lanes.weight), across(lanes.divergence), across(lanes.drift), 0)
+cdef inline void take_lanes(const LaneSums *lanes, Sums *into) noexcept nogil:
+    """The sums of one row's lanes, which are all there is."""
+    into.weight, into.divergence = across(lanes.weight), across(lanes.divergence)
+    into.drift = across(lanes.drift)
 
 
-cdef inline void add_lanes_exactly(Sums *into, const LaneSums *lanes) noexcept nogil:
-    """As add_lanes, for sums as they stand."""
+cdef inline void take_lanes_exactly(const LaneSums *lanes, Sums *into) noexcept nogil:
+    """As take_lanes, for sums as they stand."""
     cdef int lane
     add(into, across(lanes.weight), across(lanes.divergence), across(lanes.rest),
         across(lanes.direct))
