@@ -9,9 +9,9 @@ neighbours, those of a short one not on how it lies either.
 from numpy cimport npy_intp
 from sums cimport (
     COPY_BYTES, LANES, MAX_GROUPS, MAX_OPERANDS, RUN, SHORT_ROW, STRIP, Ahead, Family, LaneParts,
-    LaneSums, Row, clear_lanes, copy, fill, least, two_sum,
+    LaneSums, Row, clear_lanes, copy, even_margin, fill, least, two_sum,
 )
-from vecmath cimport INFINITY, larger, real
+from vecmath cimport INFINITY, larger, real, smaller
 
 cdef extern from "transpose.h" nogil:
     void copy_line(const char *line, npy_intp ahead, npy_intp n, char *into)
@@ -402,7 +402,8 @@ cdef bint sum_gapless(Band *band, Ahead *ahead, real of_type) noexcept nogil:
 
 
 cdef inline void finish_lanes_of(const Row *row, const LaneParts *parts, int groups,
-                                 double *values, double *conditions) noexcept nogil:
+                                 double *values, double *conditions,
+                                 bint even=False) noexcept nogil:
     cdef double value[LANES]
     cdef double condition[LANES]
     cdef const LaneSums *sums
@@ -412,11 +413,25 @@ cdef inline void finish_lanes_of(const Row *row, const LaneParts *parts, int gro
         for lane in range(LANES):
             condition[lane] = finish(
                 row, &value[lane], sums.weight[lane], sums.divergence[lane],
-                sums.drift[lane] + sums.rest[lane], sums.direct[lane])
+                sums.drift[lane] + sums.rest[lane], sums.direct[lane], even)
             condition[lane] = condition[lane] if condition[lane] >= 0 else -1  # NaN too
             condition[lane] = condition[lane] if parts[group].doubtful[lane] == 0 else -1
         copy(value, values + group * LANES)
         copy(condition, conditions + group * LANES)
+
+
+cdef bint all_even(const LaneParts *parts, int groups) noexcept nogil:
+    cdef double margin[LANES]
+    cdef const LaneSums *sums
+    cdef int group, lane
+    fill(margin, 0.0)
+    for group in range(groups):
+        sums = &parts[group].sums
+        for lane in range(LANES):
+            margin[lane] = smaller(
+                even_margin(sums.weight[lane], sums.divergence[lane], sums.drift[lane]),
+                margin[lane])
+    return least(margin) >= 0
 
 
 cdef void finish_lanes(const Row *row, const LaneParts *parts, int groups, double *values,
@@ -428,7 +443,10 @@ cdef void finish_lanes(const Row *row, const LaneParts *parts, int groups, doubl
         finish_lanes_of(&fixed, parts, groups, values, conditions)
     elif row.family == Family.DISCRETE and row.normalize and row.length > 1:
         fixed.family, fixed.normalize, fixed.length = Family.DISCRETE, True, 2
-        finish_lanes_of(&fixed, parts, groups, values, conditions)
+        if all_even(parts, groups):
+            finish_lanes_of(&fixed, parts, groups, values, conditions, True)
+        else:
+            finish_lanes_of(&fixed, parts, groups, values, conditions)
     elif row.family == Family.NORMAL:
         fixed.family = Family.NORMAL
         finish_lanes_of(&fixed, parts, groups, values, conditions)

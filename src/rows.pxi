@@ -13,7 +13,7 @@ from numpy cimport npy_intp
 from gufunc cimport INVALID, Watch, look_for_signals, parallel_for
 from sums cimport (
     BLOCK, LANES, MAX_OPERANDS, Family, Format, Row, Sums, Trait, add, clear, conditioning,
-    divergence_of, round_off, two_sum,
+    divergence_of, even_divergence_of, even_margin, round_off, two_sum,
 )
 from vecmath cimport (
     INFINITY, NAN, floats_from_bfloat16, floats_from_float16, from_bfloat16, from_float16, larger,
@@ -283,8 +283,9 @@ cdef inline void sum_row(const Row *row, double ratio, Watch *watch, Sums *sums,
 # What the sums stand for.
 
 cdef inline double finish(const Row *row, double *value, double weight, double divergence,
-                          double drift, double direct) noexcept nogil:
-    """The value that the sums stand for; returns its conditioning, negative where it is bad."""
+                          double drift, double direct, bint even=False) noexcept nogil:
+    """The value that the sums stand for; returns its conditioning, negative where it is bad.
+    `even`: their margin is known not to be negative."""
     cdef double total = weight + divergence + drift
     cdef double finite = 1 if total - total == 0 else -1
     if row.family == Family.NORMAL:
@@ -293,7 +294,13 @@ cdef inline double finish(const Row *row, double *value, double weight, double d
     if not row.normalize:
         value[0] = plain_sum(weight, divergence, drift, direct)
         return finite
-    value[0] = divergence_of(weight, divergence, drift)
+    if row.family == Family.DISCRETE:
+        value[0] = even_divergence_of(weight, divergence, drift)
+        if not even:
+            value[0] = value[0] if even_margin(weight, divergence, drift) >= 0 else (
+                divergence_of(weight, divergence, drift))
+    else:
+        value[0] = divergence_of(weight, divergence, drift)
     if row.length == 1:
         value[0] = 0
         return finite if weight > 0 else -1
