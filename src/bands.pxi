@@ -148,15 +148,16 @@ cdef void load_rows(const Rows *rows, int operand, npy_intp start, int n,
                into + group * LANES, width)
 
 
-cdef inline void ask_for(Ahead *ahead, int first, int last, int n) noexcept nogil:
+cdef inline void ask_for(Ahead *ahead, int first, int last, int n, real of_type) noexcept nogil:
     """Ask for what stands for n columns of the operands first .. last - 1, in small portions:
     memory delivers while there is arithmetic, and in a burst no load finds its place."""
     cdef int operand
+    cdef npy_intp size = n * LANES * sizeof(real)
     if ahead == NULL:
         return
     for operand in range(first, last):
-        prefetch(ahead.data[operand], n * ahead.step)
-        ahead.data[operand] += n * ahead.step
+        prefetch(ahead.data[operand], size)
+        ahead.data[operand] += size
 
 
 cdef Ahead *rows_ahead(const Rows *rows, Ahead *ahead, real of_type) noexcept nogil:
@@ -166,9 +167,8 @@ cdef Ahead *rows_ahead(const Rows *rows, Ahead *ahead, real of_type) noexcept no
     cdef int operand
     if not rows.gapless or row.length > STRIP:
         return NULL
-    ahead.step = LANES * sizeof(real)
     for operand in range(row.n_operands):
-        ahead.data[operand] = row.data[operand] + rows.groups * row.length * ahead.step
+        ahead.data[operand] = row.data[operand] + rows.used * rows.outer[operand]
     return ahead
 
 

@@ -175,7 +175,7 @@ cdef inline void weigh_run(int loop, bint both, const real *a, const real *b, np
     for lane in range(LANES):
         total[lane] = moment[lane] = square[lane] = other[lane] = 0
     for i in range(n):
-        ask_for(ahead, 0, 1, 1)
+        ask_for(ahead, 0, 1, 1, <real> 0)
         for lane in range(LANES):
             x = a[i * step_a + lane]
             weight[lane] = weight_of(loop, x, constants, lane)
@@ -291,7 +291,7 @@ cdef inline void diverge_run(int loop, bint offset, const real *a, const real *b
     for lane in range(LANES):
         divergence[lane] = drift[lane] = 0
     for i in range(n):
-        ask_for(ahead, 1, 2, 1)
+        ask_for(ahead, 1, 2, 1, <real> 0)
         for lane in range(LANES):
             p, x, z = weights[i * LANES + lane], a[i * step_a + lane], b[i * step_b + lane]
             if loop == Loop.FAR:

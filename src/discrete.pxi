@@ -122,11 +122,11 @@ cdef inline void discrete_run(const real *p, const real *q, npy_intp step_p, npy
     for lane in range(LANES):
         weight[lane] = divergence[lane] = excess[lane] = 0
     while n >= steps:
-        ask_for(ahead, 0, 2, steps)
+        ask_for(ahead, 0, 2, steps, <real> 0)
         add_steps(p, q, step_p, step_q, steps, scaled, ratios, lowest, weight, divergence, excess)
         p, q, n = p + steps * step_p, q + steps * step_q, n - steps
     if n > 0:
-        ask_for(ahead, 0, 2, n)
+        ask_for(ahead, 0, 2, n, <real> 0)
         add_steps(p, q, step_p, step_q, n, scaled, ratios, lowest, weight, divergence, excess)
     copy(lowest, lowest_so_far)
     for lane in range(LANES):
@@ -194,7 +194,7 @@ cdef inline void any_run(const real *p, const real *q, npy_intp step_p, npy_intp
     if normalize:
         discrete_run(p, q, step_p, step_q, n, steps, first, scaled, ratio, lowest, ahead, into)
     else:
-        ask_for(ahead, 0, 2, n)
+        ask_for(ahead, 0, 2, n, <real> 0)
         plain_run(p, q, step_p, step_q, n, first, lowest, into)
 
 

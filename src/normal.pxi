@@ -332,7 +332,7 @@ cdef bint normal_gapless(const real **x, int n, int groups, const Row *row, Ahea
         step[operand] = LANES
     while start < groups * n:
         count = min(ASKED, groups * n - start)
-        ask_for(ahead, 0, 4, count)
+        ask_for(ahead, 0, 4, count, <real> 0)
         for operand in range(4):
             at[operand] = x[operand] + start * LANES
         normal_loop(at, step, count, 1, 0, 0, row, terms + start * LANES, doubts, into)

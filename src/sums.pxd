@@ -73,7 +73,6 @@ ctypedef struct LaneParts:      # of LANES rows: a part of each
 
 ctypedef struct Ahead:          # where the rows lie that come next, to be asked for along the way
     const char *data[MAX_OPERANDS]
-    npy_intp step               # bytes for each column of the rows at hand
 
 
 ctypedef struct Slope:          # what the gradients of a row's elements are made of
