@@ -436,22 +436,25 @@ cdef bint all_even(const LaneParts *parts, int groups) noexcept nogil:
 
 cdef void finish_lanes(const Row *row, const LaneParts *parts, int groups, double *values,
                        double *conditions) noexcept nogil:
-    """As `finish`, for groups of LANES rows; families apart, so that each is packed."""
+    """As `finish`, for groups of LANES rows; each case apart, so that each is packed."""
     cdef Row fixed = row[0]
-    if row.family == Family.CATEGORICAL and row.length > 1:
-        fixed.family, fixed.normalize, fixed.length = Family.CATEGORICAL, True, 2
-        finish_lanes_of(&fixed, parts, groups, values, conditions)
-    elif row.family == Family.DISCRETE and row.normalize and row.length > 1:
-        fixed.family, fixed.normalize, fixed.length = Family.DISCRETE, True, 2
-        if all_even(parts, groups):
-            finish_lanes_of(&fixed, parts, groups, values, conditions, True)
-        else:
-            finish_lanes_of(&fixed, parts, groups, values, conditions)
-    elif row.family == Family.NORMAL:
+    fixed.family, fixed.normalize, fixed.length = Family.DISCRETE, True, 2
+    if row.family == Family.NORMAL:
         fixed.family = Family.NORMAL
         finish_lanes_of(&fixed, parts, groups, values, conditions)
+    elif not row.normalize:
+        fixed.normalize = False
+        finish_lanes_of(&fixed, parts, groups, values, conditions)
+    elif row.length == 1:
+        fixed.length = 1
+        finish_lanes_of(&fixed, parts, groups, values, conditions)
+    elif row.family == Family.CATEGORICAL:
+        fixed.family = Family.CATEGORICAL
+        finish_lanes_of(&fixed, parts, groups, values, conditions)
+    elif all_even(parts, groups):
+        finish_lanes_of(&fixed, parts, groups, values, conditions, True)
     else:
-        finish_lanes_of(row, parts, groups, values, conditions)
+        finish_lanes_of(&fixed, parts, groups, values, conditions)
 
 
 cdef inline void choose_ratios(LaneParts *parts, const double *conditions) noexcept nogil:

@@ -18,8 +18,8 @@ from libc.math cimport fabs, frexp, ldexp, log, log1p
 from numpy cimport npy_intp
 from sums cimport (
     LANES, MAX_GROUPS, MOST_STEPS, RUN, Ahead, Format, LaneParts, LaneSums, Row, Slope, Sums, Trait,
-    add, clear, clear_lanes, copy, divergence_of, element, fill, fold, keep_from, largest, least,
-    round_off, run_length, steps_together, take_lanes, take_lanes_exactly, two_sum,
+    add, clear, clear_lanes, copy, divergence_of, element, fill, fold, full_run, keep_from, largest,
+    least, round_off, run_length, steps_together, take_lanes, take_lanes_exactly, two_sum,
 )
 from vecmath cimport (
     INFINITY, LN2, NAN, at_least, atanh_tail, larger, match_exponent, ratio_exponent, ratio_log,
@@ -203,7 +203,7 @@ cdef inline void discrete_runs(const real *p, const real *q, npy_intp step_p, np
                                real *lowest, Ahead *ahead, LaneSums *into) noexcept nogil:
     """Add n terms of each lane, and of the lanes from `first` on, if it is not 0, one more, from a
     vector that overlaps the last."""
-    cdef int length, full = run_length(1 << 20, 2 if normalize else 1, <real> 0)
+    cdef int length, full = full_run(2 if normalize else 1, <real> 0)
     while n > 0:
         length = run_length(n, 2 if normalize else 1, <real> 0)
         if length == full:  # a constant for the loops

@@ -343,7 +343,7 @@ static inline double mvn_minus_log1p(double x, double y, double t) {
     x *= pow2_f64(shift_x);
     y *= pow2_f64(shift_y);
     double e = ratio_exponent_f64(x, y) + (shift_y - shift_x);
-    double matched = match_exponent_f64(x, y);
+    double matched = times_power_f64(y, x, y);
     double s = (x - matched) / (x + matched);
     double near = s * t, far = (t - 2.0 * s) - e * 0.6931471805599453;
     return (e == 0.0 ? near : far) - atanh_tail_f64(s);

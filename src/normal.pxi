@@ -16,12 +16,12 @@ from libc.math cimport exp as libm_exp, expm1 as libm_expm1, fabs, log
 from numpy cimport npy_intp
 from sums cimport (
     LANES, MAX_GROUPS, MOST_STEPS, STRIP, Ahead, LaneParts, LaneSums, Row, Sums, Trait, across,
-    clear_lanes, copy, element, fill, fold, keep_from, largest, run_length, steps_together,
+    clear_lanes, copy, element, fill, fold, full_run, keep_from, largest, run_length,
+    steps_together,
 )
 from vecmath cimport (
-    INFINITY, NAN, atanh_tail, exp, exp_pair_f64, expm1, larger, match_exponent, phi, ratio_log,
-    ratio_power,
-    real, residual_product, smaller,
+    INFINITY, NAN, atanh_tail, exp, exp_pair_f64, expm1, larger, magnitude, match_exponent, phi,
+    ratio_units, real, residual_product, smaller, times_power, unit_ln2,
 )
 
 cdef enum Spread:
@@ -52,43 +52,76 @@ cdef inline void take_terms(bint keep, const real *term, real *terms, real *run)
         fold(term, run)
 
 
+# Of each lane: the least and the greatest spread so far. NaN are passed over: sums tell.
+cdef enum:
+    LEAST = 0
+    GREATEST = LANES      # of log-variances, what is greatest of |s_q|, |s_p - s_q|
+    BOUNDS = 2 * LANES
+
+
+cdef inline void begin_bounds(real *bounds) noexcept nogil:
+    cdef int lane
+    for lane in range(LANES):
+        bounds[LEAST + lane], bounds[GREATEST + lane] = 1, 0
+
+
+cdef inline void doubt_lanes(const real *bounds, const Row *row, double *doubtful) noexcept nogil:
+    """Which lanes have a value that the fast formulas have no range for: reciprocals and the powers
+    of 2 between any two spreads of a lane, squared for scales, are to be normal numbers."""
+    cdef int lane
+    cdef bint logs = row.spread_p == Spread.LOG_VARIANCE and row.spread_q == Spread.LOG_VARIANCE
+    cdef bint squared = row.spread_p == Spread.SCALE and row.spread_q == Spread.SCALE
+    cdef real low, high, most, between
+    if real is float:
+        low, high = <real> 1.2e-38, <real> 8e37
+        most, between = 86, <real> (2.8e17 if squared else 3.3e35)       # 2^58, 2^118
+    else:
+        low, high = 2.3e-308, 4e307
+        most, between = 706, 4e149 if squared else 1e300                 # 2^497, 2^996
+    for lane in range(LANES):
+        if logs:
+            doubtful[lane] = doubtful[lane] if bounds[GREATEST + lane] <= most else 1
+        else:
+            most = smaller(bounds[LEAST + lane] * between, high)
+            doubtful[lane] = doubtful[lane] if bounds[LEAST + lane] >= low else 1
+            doubtful[lane] = doubtful[lane] if bounds[GREATEST + lane] <= most else 1
+
+
 cdef inline void log_variance_run(bint keep, const real **at, const npy_intp *step, int n,
-                                  real *terms, real *run, real *doubts) noexcept nogil:
+                                  real *terms, real *run, real *bounds) noexcept nogil:
     """Take n terms, twice, of each lane."""
     cdef int lane, i
-    cdef real x, s_q, mean, doubt
+    cdef real x, s_q, mean, size
     cdef real term[LANES]
     cdef const real *loc_p = at[0]
     cdef const real *spread_of_p = at[1]
     cdef const real *loc_q = at[2]
     cdef const real *spread_of_q = at[3]
     cdef npy_intp step_0 = step[0], step_1 = step[1], step_2 = step[2], step_3 = step[3]
-    cdef real one = 1, highest = <real> (86 if real is float else 706)  # of |log-variance|, |x|
     for i in range(n):
         for lane in range(LANES):
             mean = loc_p[i * step_0 + lane] - loc_q[i * step_2 + lane]
             s_q = spread_of_q[i * step_3 + lane]
             x = spread_of_p[i * step_1 + lane] - s_q
-            doubt = larger(larger(x, -x), larger(s_q, -s_q)) - highest
-            doubts[lane] = doubts[lane] if doubt <= 0 else one  # NaN is in doubt
+            size = larger(magnitude(x), magnitude(s_q))
+            bounds[GREATEST + lane] = larger(size, bounds[GREATEST + lane])
             term[lane] = phi(x, <real> 0) + mean * mean * exp(-s_q, <real> 0)
         take_terms(keep, term, terms + i * LANES, run)
 
 
 cdef inline void normal_factors(const real **at, const npy_intp *step, int n, int spread_p,
                                 int spread_q, real *s, real *grown, real *factor, real *rest,
-                                real *doubts) noexcept nogil:
+                                real *bounds) noexcept nogil:
     """What the terms are made of: s, g, the factor of g + s or g + s(2-s), and what is added."""
     cdef int lane, i, k
-    cdef real s_p, s_q, v_p, v_q, rest_p, rest_q, x, y, z, e_ln2, power, d, ratio, mean, doubt
+    cdef real s_p, s_q, v_p, v_q, rest_p, rest_q, z, units, power, d, inverse, mean
     cdef const real *loc_p = at[0]
     cdef const real *spread_of_p = at[1]
     cdef const real *loc_q = at[2]
     cdef const real *spread_of_q = at[3]
     cdef npy_intp step_0 = step[0], step_1 = step[1], step_2 = step[2], step_3 = step[3]
     cdef real one = 1, two = 2                                    # literals would be double
-    cdef real smallest = <real> (1.2e-38 if real is float else 2.3e-308)
-    cdef real widest = <real> (41 if real is float else 346)      # |e ln 2|: 4^e stays normal
+    cdef real ln2 = unit_ln2(one)
     for i in range(n):
         for lane in range(LANES):
             k = i * LANES + lane
@@ -98,28 +131,29 @@ cdef inline void normal_factors(const real **at, const npy_intp *step, int n, in
             if spread_p != spread_q:
                 v_p = variance_of(s_p, spread_p, &rest_p)
                 v_q = variance_of(s_q, spread_q, &rest_q)
-            x, y = larger(v_p, smallest), larger(v_q, smallest)
-            z, power, e_ln2 = match_exponent(x, y), ratio_power(x, y), ratio_log(x, y)
-            doubt = larger(larger(e_ln2, -e_ln2) - widest, smallest - smaller(v_p, v_q))
-            doubts[lane] = doubts[lane] if doubt <= 0 else one  # NaN is in doubt
+            bounds[LEAST + lane] = smaller(smaller(v_p, v_q), bounds[LEAST + lane])
+            bounds[GREATEST + lane] = larger(larger(v_p, v_q), bounds[GREATEST + lane])
+            z, units = match_exponent(v_p, v_q), ratio_units(v_p, v_q)
+            power = times_power(one, v_p, v_q)
             d = v_p - z
             if spread_p != spread_q:
-                d += rest_p - rest_q if e_ln2 == 0 else <real> 0
+                d += rest_p - rest_q if units == 0 else <real> 0
             s[k] = d / (v_p + z)
-            ratio = one / z
+            inverse = one / z
+            factor[k] = d * inverse
+            inverse = times_power(inverse, v_p, v_q)  # 1/y
             if spread_p == Spread.SCALE and spread_q == Spread.SCALE:
-                grown[k] = power * power - one
-                factor[k] = (d * ratio) * ((v_p + z) * ratio)
-                mean *= ratio * power
-                rest[k] = (grown[k] - two * e_ln2) + mean * mean
+                factor[k] *= two + factor[k]          # (x + z)/z
+                grown[k] = times_power(power, v_p, v_q) - one
+                mean *= inverse
+                rest[k] = (grown[k] - units * (two * ln2)) + mean * mean
             else:
                 grown[k] = power - one
-                factor[k] = d * ratio
-                rest[k] = (grown[k] - e_ln2) + mean * mean * (ratio * power)
+                rest[k] = (grown[k] - units * ln2) + mean * mean * inverse
 
 
 cdef inline void ratio_steps(bint keep, const real **at, const npy_intp *step, int n, int spread_p,
-                             int spread_q, real *terms, real *run, real *doubts) noexcept nogil:
+                             int spread_q, real *terms, real *run, real *bounds) noexcept nogil:
     """Take n terms, twice, at most MOST_STEPS, of each lane."""
     cdef int lane, i, k
     cdef real two = 2
@@ -128,12 +162,12 @@ cdef inline void ratio_steps(bint keep, const real **at, const npy_intp *step, i
     cdef real grown[MOST_STEPS * LANES]
     cdef real factor[MOST_STEPS * LANES]
     cdef real rest[MOST_STEPS * LANES]
-    normal_factors(at, step, n, spread_p, spread_q, s, grown, factor, rest, doubts)
+    normal_factors(at, step, n, spread_p, spread_q, s, grown, factor, rest, bounds)
     for i in range(n):
         for lane in range(LANES):
             k = i * LANES + lane
             if spread_p == Spread.SCALE and spread_q == Spread.SCALE:
-                term[lane] = factor[k] * (grown[k] + s[k] * (two - s[k])) + (
+                term[lane] = factor[k] * ((grown[k] - s[k] * s[k]) + (s[k] + s[k])) + (
                     rest[k] - two * atanh_tail(s[k]))
             else:
                 term[lane] = factor[k] * (grown[k] + s[k]) + (rest[k] - atanh_tail(s[k]))
@@ -142,61 +176,67 @@ cdef inline void ratio_steps(bint keep, const real **at, const npy_intp *step, i
 
 cdef inline void ratio_run(bint keep, const real **x, const npy_intp *step, int n, int steps,
                            int spread_p, int spread_q, real *terms, real *run,
-                           real *doubts) noexcept nogil:
+                           real *bounds) noexcept nogil:
     """Take n terms, twice, of each lane."""
     cdef const real *at[4]
     cdef int operand
     for operand in range(4):
         at[operand] = x[operand]
     while n >= steps:
-        ratio_steps(keep, at, step, steps, spread_p, spread_q, terms, run, doubts)
+        ratio_steps(keep, at, step, steps, spread_p, spread_q, terms, run, bounds)
         for operand in range(4):
             at[operand] += steps * step[operand]
         terms, n = terms + steps * LANES, n - steps
     if n > 0:
-        ratio_steps(keep, at, step, n, spread_p, spread_q, terms, run, doubts)
+        ratio_steps(keep, at, step, n, spread_p, spread_q, terms, run, bounds)
 
 
 cdef inline void take_run(bint keep, const real **at, const npy_intp *step, int n, int steps,
                           int spread_p, int spread_q, real *terms, real *run,
-                          real *doubts) noexcept nogil:
+                          real *bounds) noexcept nogil:
     if spread_p == Spread.LOG_VARIANCE and spread_q == Spread.LOG_VARIANCE:
-        log_variance_run(keep, at, step, n, terms, run, doubts)
+        log_variance_run(keep, at, step, n, terms, run, bounds)
     else:
-        ratio_run(keep, at, step, n, steps, spread_p, spread_q, terms, run, doubts)
+        ratio_run(keep, at, step, n, steps, spread_p, spread_q, terms, run, bounds)
 
 
 cdef inline void normal_run(const real **at, const npy_intp *step, int n, int steps, int first,
-                            int spread_p, int spread_q, real *terms, real *doubts_so_far,
+                            int spread_p, int spread_q, real *terms, real *bounds_so_far,
                             LaneSums *into) noexcept nogil:
     """Add n terms, twice, of each of the lanes first..LANES-1, or keep them, unless `terms` is
     NULL."""
     cdef real run[LANES]
-    cdef real doubts[LANES]
-    copy(doubts_so_far, doubts)
+    cdef real bounds[BOUNDS]
+    copy(bounds_so_far, bounds)
+    copy(bounds_so_far + LANES, bounds + LANES)
     fill(run, <real> 0)
     if terms != NULL:
-        take_run(True, at, step, n, steps, spread_p, spread_q, terms, run, doubts)
+        take_run(True, at, step, n, steps, spread_p, spread_q, terms, run, bounds)
     else:
-        take_run(False, at, step, n, steps, spread_p, spread_q, terms, run, doubts)
-    copy(doubts, doubts_so_far)
+        take_run(False, at, step, n, steps, spread_p, spread_q, terms, run, bounds)
+    copy(bounds, bounds_so_far)
+    copy(bounds + LANES, bounds_so_far + LANES)
     keep_from(first, run)
     fold(run, into.divergence)
 
 
 cdef inline void normal_runs(const real **x, const npy_intp *step, int n, int first, int spread_p,
-                             int spread_q, real *terms, real *doubts,
+                             int spread_q, real *terms, real *bounds,
                              LaneSums *into) noexcept nogil:
     """Take n terms, twice, of each lane, and of the lanes from `first` on, if it is not 0, one
     more, from a vector that overlaps the last."""
     cdef const real *at[4]
-    cdef int operand, length
+    cdef int operand, length, full = full_run(1, <real> 0)
     for operand in range(4):
         at[operand] = x[operand]
     while n > 0:
         length = run_length(n, 1, <real> 0)
-        normal_run(at, step, length, steps_together(<real> 0), 0, spread_p, spread_q, terms, doubts,
-                   into)
+        if length == full:  # a constant for the loops
+            normal_run(at, step, full, steps_together(<real> 0), 0, spread_p, spread_q, terms,
+                       bounds, into)
+        else:
+            normal_run(at, step, length, steps_together(<real> 0), 0, spread_p, spread_q, terms,
+                       bounds, into)
         for operand in range(4):
             at[operand] += length * step[operand]
         terms = terms + length * LANES if terms != NULL else NULL
@@ -204,78 +244,89 @@ cdef inline void normal_runs(const real **x, const npy_intp *step, int n, int fi
     if first:
         for operand in range(4):
             at[operand] -= first
-        normal_run(at, step, 1, 1, first, spread_p, spread_q, <real *> NULL, doubts, into)
+        normal_run(at, step, 1, 1, first, spread_p, spread_q, <real *> NULL, bounds, into)
+
+
+cdef inline bint lie_side_by_side(const npy_intp *step) noexcept nogil:
+    """Whether columns follow each other without gaps, which those of several groups do not."""
+    return (step[0] == LANES) & (step[1] == LANES) & (step[2] == LANES) & (step[3] == LANES)
 
 
 cdef inline void normal_groups(const real **x, const npy_intp *step, int n, int groups, int more,
-                               int first, int spread_p, int spread_q, real *terms, real *doubts,
+                               int first, int spread_p, int spread_q, real *terms, real *bounds,
                                LaneParts *into) noexcept nogil:
     cdef const real *at[4]
+    cdef npy_intp side_by_side[4]
     cdef int operand, group
+    if lie_side_by_side(step):  # constants for the loops
+        for operand in range(4):
+            side_by_side[operand] = LANES
+        normal_runs(x, side_by_side, n, first, spread_p, spread_q, terms, bounds, &into.sums)
+        return
     for group in range(groups):
         for operand in range(4):
             at[operand] = x[operand] + group * LANES
             prefetch_columns(at[operand], step[operand], n, more)
         if more:
             normal_run(at, step, n, 1, 0, spread_p, spread_q, <real *> NULL,
-                       doubts + group * LANES, &into[group].sums)
+                       bounds + group * BOUNDS, &into[group].sums)
         else:
-            normal_runs(at, step, n, first, spread_p, spread_q, terms, doubts + group * LANES,
-                        &into[group].sums)
+            normal_runs(at, step, n, 0, spread_p, spread_q, <real *> NULL,
+                        bounds + group * BOUNDS, &into[group].sums)
 
 
 cdef void normal_loop(const real **x, const npy_intp *step, int n, int groups, int more, int first,
-                      const Row *row, real *terms, real *doubts, LaneParts *into) noexcept nogil:
+                      const Row *row, real *terms, real *bounds, LaneParts *into) noexcept nogil:
     """Take n terms, twice, of each lane of groups that lie side by side, and ask for so many of
-    those that follow; `first`: as normal_runs. Every pair of parametrisations has a loop of its
-    own; mixed ones only in double."""
+    those that follow; `first`, `terms`: as normal_runs, where they lie side by side. Every pair of
+    parametrisations has a loop of its own; mixed ones only in double."""
     cdef int p = row.spread_p, q = row.spread_q
     if p == Spread.SCALE and q == Spread.SCALE:
         normal_groups(x, step, n, groups, more, first, Spread.SCALE, Spread.SCALE,
-                      terms, doubts, into)
+                      terms, bounds, into)
     elif p == Spread.VARIANCE and q == Spread.VARIANCE:
         normal_groups(x, step, n, groups, more, first, Spread.VARIANCE, Spread.VARIANCE,
-                      terms, doubts, into)
+                      terms, bounds, into)
     elif p == Spread.LOG_VARIANCE and q == Spread.LOG_VARIANCE:
         normal_groups(x, step, n, groups, more, first, Spread.LOG_VARIANCE, Spread.LOG_VARIANCE,
-                      terms, doubts, into)
+                      terms, bounds, into)
     elif real is double:
         if p == Spread.SCALE and q == Spread.VARIANCE:
             normal_groups(x, step, n, groups, more, first, Spread.SCALE, Spread.VARIANCE,
-                          terms, doubts, into)
+                          terms, bounds, into)
         elif p == Spread.SCALE:
             normal_groups(x, step, n, groups, more, first, Spread.SCALE, Spread.LOG_VARIANCE,
-                          terms, doubts, into)
+                          terms, bounds, into)
         elif p == Spread.VARIANCE and q == Spread.SCALE:
             normal_groups(x, step, n, groups, more, first, Spread.VARIANCE, Spread.SCALE,
-                          terms, doubts, into)
+                          terms, bounds, into)
         elif p == Spread.VARIANCE:
             normal_groups(x, step, n, groups, more, first, Spread.VARIANCE, Spread.LOG_VARIANCE,
-                          terms, doubts, into)
+                          terms, bounds, into)
         elif q == Spread.SCALE:
             normal_groups(x, step, n, groups, more, first, Spread.LOG_VARIANCE, Spread.SCALE,
-                          terms, doubts, into)
+                          terms, bounds, into)
         else:
             normal_groups(x, step, n, groups, more, first, Spread.LOG_VARIANCE, Spread.VARIANCE,
-                          terms, doubts, into)
+                          terms, bounds, into)
 
 
 cdef void normal_block(const real **x, int n, const Row *row, Sums *into) noexcept nogil:
     """Add n elements, twice, LANES or more once padded; the last lanes overlap what was added
     before and do not count."""
     cdef LaneParts lanes
-    cdef real doubts[LANES]
+    cdef real bounds[BOUNDS]
     cdef npy_intp step[4]
-    cdef int operand, lane
+    cdef int operand
     clear_lanes(&lanes.sums)
-    for lane in range(LANES):
-        doubts[lane] = 0
+    fill(lanes.doubtful, 0.0)
+    begin_bounds(bounds)
     for operand in range(4):
         step[operand] = LANES
-    normal_loop(x, step, n // LANES, 1, 0, (LANES - n % LANES) % LANES, row, NULL, doubts, &lanes)
+    normal_loop(x, step, n // LANES, 1, 0, (LANES - n % LANES) % LANES, row, NULL, bounds, &lanes)
     into.divergence = across(lanes.sums.divergence)
-    for lane in range(LANES):
-        into.doubtful |= doubts[lane] > 0
+    doubt_lanes(bounds, row, lanes.doubtful)
+    into.doubtful = largest(lanes.doubtful) > 0
 
 
 cdef void normal_columns(const real **x, const npy_intp *step, int n, int groups, int together,
@@ -283,20 +334,18 @@ cdef void normal_columns(const real **x, const npy_intp *step, int n, int groups
     """Add n elements, twice, of each of LANES rows; elements lie `step` apart. Groups side by side:
     `together` elements of each, then the next."""
     cdef const real *at[4]
-    cdef real doubts[MAX_GROUPS * LANES]
-    cdef int lane, group, operand, start = 0
+    cdef real bounds[MAX_GROUPS * BOUNDS]
+    cdef int group, operand, start = 0
     for group in range(groups):
-        fill(doubts + group * LANES, <real> 0)
+        begin_bounds(bounds + group * BOUNDS)
     while start < n:
         for operand in range(4):
             at[operand] = x[operand] + start * step[operand]
         normal_loop(at, step, min(together, n - start), groups, together if together < n else 0, 0,
-                    row, NULL, doubts, into)
+                    row, NULL, bounds, into)
         start += together
     for group in range(groups):
-        for lane in range(LANES):
-            into[group].doubtful[lane] = (
-                1 if doubts[group * LANES + lane] > 0 else into[group].doubtful[lane])
+        doubt_lanes(bounds + group * BOUNDS, row, into[group].doubtful)
 
 
 cdef void add_columns(const real *terms, int width, int n, double *sums) noexcept nogil:
@@ -323,11 +372,13 @@ cdef bint normal_gapless(const real **x, int n, int groups, const Row *row, Ahea
     STRIP * LANES elements: only the terms need to be transposed. False where one is in doubt."""
     cdef real terms[STRIP * LANES]
     cdef real turned[STRIP * LANES]
-    cdef real doubts[LANES]
+    cdef real bounds[BOUNDS]
+    cdef double doubtful[LANES]
     cdef const real *at[4]
     cdef npy_intp step[4]
     cdef int operand, group, count, start = 0
-    fill(doubts, <real> 0)
+    begin_bounds(bounds)
+    fill(doubtful, 0.0)
     for operand in range(4):
         step[operand] = LANES
     while start < groups * n:
@@ -335,9 +386,10 @@ cdef bint normal_gapless(const real **x, int n, int groups, const Row *row, Ahea
         ask_for(ahead, 0, 4, count, <real> 0)
         for operand in range(4):
             at[operand] = x[operand] + start * LANES
-        normal_loop(at, step, count, 1, 0, 0, row, terms + start * LANES, doubts, into)
+        normal_loop(at, step, count, 1, 0, 0, row, terms + start * LANES, bounds, into)
         start += count
-    if largest(doubts) > 0:
+    doubt_lanes(bounds, row, doubtful)
+    if largest(doubtful) > 0:
         return False
     transpose(terms, n, n, groups * LANES, turned, groups * LANES)
     for group in range(groups):

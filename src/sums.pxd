@@ -188,10 +188,15 @@ cdef inline int steps_together(real of_type) noexcept nogil:
     return STEP_BYTES // <int> sizeof(real) // LANES
 
 
+cdef inline int full_run(int sums, real of_type) noexcept nogil:
+    """How many terms a lane adds up in so many sums. A long run of equal terms rounds one way: 32 in
+    one sum in float, 1.2e-6."""
+    return sums * RUN if real is float else LONG_RUN
+
+
 cdef inline int run_length(int n, int sums, real of_type) noexcept nogil:
-    """Of n terms that are left, when a lane adds up so many sums. A long run of equal terms rounds
-    one way: 32 in one sum in float, 1.2e-6."""
-    cdef int length = sums * RUN if real is float else LONG_RUN
+    """The same of n terms that are left."""
+    cdef int length = full_run(sums, of_type)
     return n if n <= length + length / 2 else length
 
 

@@ -159,50 +159,46 @@ static inline double phi_and_expm1_f64(double x, double *grown) {
     return phi_f64(x, 0);
 }
 
-/* The integer e for which x / (y * 2^e) lies in [2^-0.59, 2^0.59], as a floating-point number:
- * the bits of a positive number, read as an integer, are its logarithm to 0.09.
+/* The integer e for which x / (y * 2^e) lies in [2^-0.59, 2^0.59], as bits to add to those of a
+ * number: the bits of a positive number, read as an integer, are its logarithm to 0.09.
  * x, y positive and normal. */
-static inline float ratio_exponent_f32(float x, float y) {
-    return (float)((int32_t)(bits_f32(x) - bits_f32(y) + 0x400000u) >> 23);
+static inline uint32_t ratio_bits_f32(float x, float y) {
+    return (bits_f32(x) - bits_f32(y) + 0x400000u) & 0xff800000u;
 }
-static inline double ratio_exponent_f64(double x, double y) {
+static inline uint64_t ratio_bits_f64(double x, double y) {
+    return (bits_f64(x) - bits_f64(y) + ((uint64_t)1 << 51)) & ((uint64_t)0xfff << 52);
+}
+
+/* e as a floating-point number, in the unit that costs least, and ln 2 in it. */
+#define EXPONENT_UNIT_F32 0x1p23f
+static inline float ratio_units_f32(float x, float y) {
+    return (float)(int32_t)ratio_bits_f32(x, y);
+}
+#if defined(__AVX512DQ__)
+#define EXPONENT_UNIT_F64 0x1p52
+static inline double ratio_units_f64(double x, double y) {
+    return (double)(int64_t)ratio_bits_f64(x, y);
+}
+#else
+#define EXPONENT_UNIT_F64 1.0
+static inline double ratio_units_f64(double x, double y) {
     /* shifted into the mantissa of 2^52: AVX2 converts no 64-bit integer and shifts none by sign */
     uint64_t biased = bits_f64(x) - bits_f64(y) + ((uint64_t)1 << 63) + ((uint64_t)1 << 51);
     return from_bits_f64((biased >> 52) | ((uint64_t)0x433 << 52)) - (0x1p52 + 2048.0);
 }
-
-/* e ln 2 for that e; half an ulp of ln 2. */
-static inline float ratio_log_f32(float x, float y) {
-    int32_t scaled = (int32_t)((bits_f32(x) - bits_f32(y) + 0x400000u) & 0xff800000u);
-    return (float)scaled * 0x1.62e43p-24f; /* ln 2 / 2^23 */
-}
-static inline double ratio_log_f64(double x, double y) {
-#if defined(__AVX512DQ__)
-    int64_t scaled = (int64_t)((bits_f64(x) - bits_f64(y) + ((uint64_t)1 << 51))
-                               & ((uint64_t)0xfff << 52));
-    return (double)scaled * 0x1.62e42fefa39efp-53; /* ln 2 / 2^52 */
-#else
-    return ratio_exponent_f64(x, y) * 0x1.62e42fefa39efp-1;
 #endif
+static inline double ratio_exponent_f64(double x, double y) {
+    return ratio_units_f64(x, y) * (1 / EXPONENT_UNIT_F64);
 }
+#define UNIT_LN2_F32 (0x1.62e43p-1f / EXPONENT_UNIT_F32)
+#define UNIT_LN2_F64 (0x1.62e42fefa39efp-1 / EXPONENT_UNIT_F64)
 
-/* 2^e for that e, |e| <= 126 (f32), 1022 (f64). Exact. */
-static inline float ratio_power_f32(float x, float y) {
-    return from_bits_f32(((bits_f32(x) - bits_f32(y) + 0x400000u) & 0xff800000u) + 0x3f800000u);
+/* n * 2^e. Exact; n and the result positive and normal. */
+static inline float times_power_f32(float n, float x, float y) {
+    return from_bits_f32(bits_f32(n) + ratio_bits_f32(x, y));
 }
-static inline double ratio_power_f64(double x, double y) {
-    uint64_t e = (bits_f64(x) - bits_f64(y) + ((uint64_t)1 << 51)) & ((uint64_t)0xfff << 52);
-    return from_bits_f64(e + ((uint64_t)0x3ff << 52));
-}
-
-/* y * 2^e for the e of ratio_exponent(x, y). Exact; x and the result normal. */
-static inline float match_exponent_f32(float x, float y) {
-    uint32_t e = (bits_f32(x) - bits_f32(y) + 0x400000u) & 0xff800000u;
-    return from_bits_f32(bits_f32(y) + e);
-}
-static inline double match_exponent_f64(double x, double y) {
-    uint64_t e = (bits_f64(x) - bits_f64(y) + ((uint64_t)1 << 51)) & ((uint64_t)0xfff << 52);
-    return from_bits_f64(bits_f64(y) + e);
+static inline double times_power_f64(double n, double x, double y) {
+    return from_bits_f64(bits_f64(n) + ratio_bits_f64(x, y));
 }
 
 /* The larger one, for low > 0, as the integers that the bits are: of two floats whose bits are

@@ -23,14 +23,13 @@ cdef extern from "vecmath.h" nogil:
     double phi_and_expm1_f64(double x, double *grown)
     float expm1_f32(float x, float rest)
     double expm1_f64(double x, double rest)
-    float ratio_exponent_f32(float x, float y)
-    double ratio_exponent_f64(double x, double y)
-    float ratio_power_f32(float x, float y)
-    double ratio_power_f64(double x, double y)
-    float ratio_log_f32(float x, float y)
-    double ratio_log_f64(double x, double y)
-    float match_exponent_f32(float x, float y)
-    double match_exponent_f64(double x, double y)
+    float UNIT_LN2_F32
+    double UNIT_LN2_F64
+    float ratio_units_f32(float x, float y)
+    double ratio_units_f64(double x, double y)
+    double ratio_exponent "ratio_exponent_f64" (double x, double y)
+    float times_power_f32(float n, float x, float y)
+    double times_power_f64(double n, double x, double y)
     float at_least_f32(float low, float x)
     double at_least_f64(double low, double x)
     float atanh_tail_f32(float s)
@@ -81,32 +80,34 @@ cdef inline real expm1(real x, real rest) noexcept nogil:
         return expm1_f64(x, rest)
 
 
-cdef inline real ratio_power(real x, real y) noexcept nogil:
+cdef inline real times_power(real n, real x, real y) noexcept nogil:
     if real is float:
-        return ratio_power_f32(x, y)
+        return times_power_f32(n, x, y)
     else:
-        return ratio_power_f64(x, y)
+        return times_power_f64(n, x, y)
+
+
+cdef inline real ratio_units(real x, real y) noexcept nogil:
+    if real is float:
+        return ratio_units_f32(x, y)
+    else:
+        return ratio_units_f64(x, y)
+
+
+cdef inline real unit_ln2(real of_type) noexcept nogil:
+    if real is float:
+        return UNIT_LN2_F32
+    else:
+        return UNIT_LN2_F64
 
 
 cdef inline real ratio_log(real x, real y) noexcept nogil:
-    if real is float:
-        return ratio_log_f32(x, y)
-    else:
-        return ratio_log_f64(x, y)
-
-
-cdef inline real ratio_exponent(real x, real y) noexcept nogil:
-    if real is float:
-        return ratio_exponent_f32(x, y)
-    else:
-        return ratio_exponent_f64(x, y)
+    """e ln 2 for the e of ratio_units; half an ulp of ln 2."""
+    return ratio_units(x, y) * unit_ln2(x)
 
 
 cdef inline real match_exponent(real x, real y) noexcept nogil:
-    if real is float:
-        return match_exponent_f32(x, y)
-    else:
-        return match_exponent_f64(x, y)
+    return times_power(y, x, y)
 
 
 cdef inline real at_least(real low, real x) noexcept nogil:

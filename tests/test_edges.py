@@ -196,6 +196,19 @@ def test_normal_element(case, spread, dtype, size, position):
     check_row(entry, arrays, 1, want, invalid)
 
 
+@pytest.mark.parametrize(("size", "position"), POSITIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spread", ["scale", "var"])
+def test_infinite_spread_beside_a_huge_one(spread, dtype, size, position):
+    """Their exponents are no further apart than those of ordinary spreads."""
+    entry = IDS[f"normal-{spread}"]
+    for infinite, huge in ("pq", "qp"):
+        arrays = entry.inputs(dtype, (3,), size)
+        arrays[f"{spread}_{infinite}"][1, position] = INF
+        arrays[f"{spread}_{huge}"][1, position] = np.finfo(dtype).max / 2
+        check_row(entry, arrays, 1, NAN, True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_infinite_and_bad_elements_give_nan(dtype):
     rows = np.array([[0.5, 0.5, 0.0], [0.5, -0.5, 1.0], [NAN, 0.5, 0.5]], dtype)
