@@ -29,7 +29,7 @@ from gufunc cimport Watch, is_unwanted
 from libc.math cimport exp as libm_exp, expm1 as libm_expm1, log, sqrt
 from numpy cimport npy_intp
 from sums cimport (
-    BLOCK, LANES, MAX_GROUPS, STRIP, Ahead, LaneParts, LaneSums, Row, Slope, Sums, Trait, across,
+    LANES, LONG_BLOCK, MAX_GROUPS, STRIP, Ahead, LaneParts, LaneSums, Row, Slope, Sums, Trait, across,
     add, clear, clear_lanes, copy, divergence_of, element, fill, fold, keep_from, largest, least,
     round_off, run_length, take_lanes, two_sum,
 )
@@ -471,11 +471,13 @@ cdef inline double far_divergence(const Weighed *lanes, const real *extremes) no
     return other - weight if other > weight * exp(0.5 + 0.66 * sqrt(square), 0.0) else 0
 
 
-cdef inline bint weigh_plainly(const real **x, int n, const real *constants, real *weights,
-                               real *extremes, Weighed *sums, double *divergence) noexcept nogil:
+cdef inline bint weigh_plainly(const real **x, int n, bint far, const real *constants,
+                               real *weights, real *extremes, Weighed *sums,
+                               double *divergence) noexcept nogil:
     """The weights of a block by the plain loop; False where it will not do. And the divergence of P
-    and Q far apart, or 0: a first part of a long block shows whether they may be."""
-    cdef int steps = n // LANES, begin = 16 if steps > 16 else 0
+    and Q far apart, or 0: a first part of a long block shows whether they may be, unless the block
+    before was `far`."""
+    cdef int steps = n // LANES, begin = 16 if steps > 16 and not far else 0
     cdef double limit = offset_limit(extremes[0])
     cdef bint both = True
     if begin:
@@ -493,8 +495,8 @@ cdef inline bint weigh_plainly(const real **x, int n, const real *constants, rea
     return True
 
 
-cdef inline int weigh_block(const real **x, int n, double beta, real *constants, real *weights,
-                            real *extremes, Weighed *sums, double *peak,
+cdef inline int weigh_block(const real **x, int n, double beta, bint far, real *constants,
+                            real *weights, real *extremes, Weighed *sums, double *peak,
                             double *divergence) noexcept nogil:
     """The weights of a block, their sums, and its divergence, where they give it. Returns the
     loop."""
@@ -502,7 +504,7 @@ cdef inline int weigh_block(const real **x, int n, double beta, real *constants,
     cdef double lowest, highest
     divergence[0] = peak[0] = 0
     weigh_nothing(extremes, sums)
-    if beta == 1 and weigh_plainly(x, n, constants, weights, extremes, sums, divergence):
+    if beta == 1 and weigh_plainly(x, n, far, constants, weights, extremes, sums, divergence):
         return Loop.PLAIN
     range_of(x[0], n, &lowest, &highest)
     loop = first_loop(lowest, highest, beta, peak, <real> 0)
@@ -513,10 +515,13 @@ cdef inline int weigh_block(const real **x, int n, double beta, real *constants,
     return loop
 
 
-cdef void categorical_block(const real **x, int n, double beta, Sums *into) noexcept nogil:
+cdef void categorical_block(const real **x, int n, double beta, bint *far,
+                            Sums *into) noexcept nogil:
     """The sums of n elements, LANES or more once padded, relative to a shift and a peak of their
-    own; the last lanes overlap what was added before and do not count."""
-    cdef real weights[BLOCK + 2 * LANES]
+    own; the last lanes overlap what was added before and do not count. `far`: whether those of the
+    block before were far apart; then whether these are."""
+    cdef double room[LONG_BLOCK + 2 * LANES]
+    cdef real *weights = <real *> room
     cdef real constants[CONSTANTS]
     cdef real extremes[EXTREMES]
     cdef real infinite[LANES]
@@ -528,7 +533,9 @@ cdef void categorical_block(const real **x, int n, double beta, Sums *into) noex
     fill(&constants[PEAK], <real> 0)
     fill(&constants[BETA], <real> beta)
     fill(&constants[BETA_REST], <real> (beta - <real> beta))
-    loop = weigh_block(x, n, beta, constants, weights, extremes, &sums, &into.peak, &divergence)
+    loop = weigh_block(
+        x, n, beta, far[0], constants, weights, extremes, &sums, &into.peak, &divergence)
+    far[0] = divergence > 0
     weight, lowest, highest = (
         across(sums.weight), least(extremes + LOWEST), largest(extremes + HIGHEST))
     into.lowest = lowest if loop == Loop.PLAIN else -INFINITY

@@ -1,7 +1,7 @@
 """One row: from operands in memory to a result.
 
-A row is summed block by block in a fixed order: blocks of BLOCK elements in their own type, pieces
-of PIECE elements in double, pieces one after the other. That order is all that the bits of a
+A row is summed block by block in a fixed order: blocks of some thousand elements in their own type,
+pieces of PIECE elements in double, pieces one after the other. That order is all that the bits of a
 result depend on; threads may take pieces of one row in any order.
 
 What the fast formulas cannot vouch for (values out of their range, a bad ratio, bad input) is
@@ -12,7 +12,7 @@ then in double, then by the family's `hard_value`.
 from numpy cimport npy_intp
 from gufunc cimport INVALID, Watch, look_for_signals, parallel_for
 from sums cimport (
-    BLOCK, LANES, MAX_OPERANDS, Family, Format, Row, Sums, Trait, add, clear, conditioning,
+    BLOCK, LANES, LONG_BLOCK, MAX_OPERANDS, Family, Format, Row, Sums, Trait, add, clear, conditioning,
     divergence_of, even_divergence_of, even_margin, round_off, two_sum,
 )
 from vecmath cimport (
@@ -21,7 +21,6 @@ from vecmath cimport (
 )
 
 cdef enum:
-    LONG_BLOCK = 4 * BLOCK
     PIECE = 64 * BLOCK
     TEAM = 64                  # pieces that threads take in turn before they are combined
     MAX_PASSES = 6             # over one row, each with the ratio that the one before found
@@ -176,15 +175,16 @@ cdef inline int block_length(npy_intp start, npy_intp stop, int most=BLOCK) noex
     return most if stop - start >= most + LANES else <int> (stop - start)
 
 
-cdef inline void sum_block(const Row *row, const real **x, int n, double ratio,
+cdef inline void sum_block(const Row *row, const real **x, int n, double ratio, bint *far,
                            Sums *sums) noexcept nogil:
+    """`far`: as categorical_block; False for the first."""
     clear(sums)
     if row.family == Family.NORMAL:
         normal_block(x, n, row, sums)
     elif row.family == Family.DISCRETE:
         discrete_block(x, n, row.normalize, ratio, sums)
     else:
-        categorical_block(x, n, row.inverse_temperature, sums)
+        categorical_block(x, n, row.inverse_temperature, far, sums)
 
 
 cdef void sum_blocks(const Row *row, npy_intp start, npy_intp stop, int most, double ratio,
@@ -193,30 +193,36 @@ cdef void sum_blocks(const Row *row, npy_intp start, npy_intp stop, int most, do
     cdef const real *x[MAX_OPERANDS]
     cdef Sums parts[2 * PIECE / BLOCK]
     cdef int n = block_length(start, stop, most), blocks = 0
+    cdef bint far = False
     if start + n == stop:
         load_block(row, start, n, buffer, x)
-        sum_block(row, x, n, ratio, sums)
+        sum_block(row, x, n, ratio, &far, sums)
         return
     while start < stop:
         n = block_length(start, stop, most)
         load_block(row, start, n, buffer, x)
-        sum_block(row, x, n, ratio, &parts[blocks])
+        sum_block(row, x, n, ratio, &far, &parts[blocks])
         blocks += 1
         start += n
     combine(parts, blocks, row.inverse_temperature, sums)
 
 
+cdef inline int most_together(bint in_place, real of_type) noexcept nogil:
+    """Elements of a block. Where they lie, blocks of 1024 take a fifth longer, for what is done once
+    for each; copies of more leave the first cache."""
+    return LONG_BLOCK * 8 // <int> sizeof(real) if in_place else BLOCK
+
+
 cdef inline void sum_stretch(const Row *row, npy_intp start, npy_intp stop, double ratio,
                              Sums *sums, real of_type) noexcept nogil:
-    """Elements start..stop-1, less than two pieces. Where they lie, more at a time, unless each
-    block has a shift of its own."""
+    """Elements start..stop-1, less than two pieces."""
     cdef const real *x[MAX_OPERANDS]
-    cdef int n = block_length(start, stop)
-    cdef bint in_place = find_block(row, start, n, x)
-    cdef int most = LONG_BLOCK if in_place and row.family != Family.CATEGORICAL else BLOCK
-    n = block_length(start, stop, most)
+    cdef bint far = False
+    cdef bint in_place = find_block(row, start, block_length(start, stop), x)
+    cdef int most = most_together(in_place, of_type)
+    cdef int n = block_length(start, stop, most)
     if in_place and start + n == stop:
-        sum_block(row, x, n, ratio, sums)
+        sum_block(row, x, n, ratio, &far, sums)
     else:
         sum_blocks(row, start, stop, most, ratio, sums, of_type)
 

@@ -23,7 +23,8 @@ cdef extern from "lanes.h":
         STEP_BYTES     # of an operand that two loops take one after the other
 
 cdef enum:
-    BLOCK = 1024       # elements of one row that are summed together
+    BLOCK = 1024       # elements of one row that are loaded together
+    LONG_BLOCK = 4 * BLOCK   # doubles that are summed together where they lie, or twice as many floats
     HALF = LANES / 2
     QUARTER = LANES / 4
     STRIP = 112 + 2 * LANES  # elements of each of LANES rows that are summed together

@@ -306,6 +306,10 @@ static inline float from_bfloat16(uint16_t b) { return from_bits_f32((uint32_t)b
 /* n of them into floats. */
 static inline void floats_from_float16(const uint16_t *h, ptrdiff_t n, float *into) {
     ptrdiff_t i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= n; i += 16)
+        _mm512_storeu_ps(into + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(h + i))));
+#endif
 #if defined(__F16C__)
     for (; i + 8 <= n; i += 8)
         _mm256_storeu_ps(into + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(h + i))));
@@ -314,7 +318,14 @@ static inline void floats_from_float16(const uint16_t *h, ptrdiff_t n, float *in
         into[i] = from_float16(h[i]);
 }
 static inline void floats_from_bfloat16(const uint16_t *b, ptrdiff_t n, float *into) {
-    for (ptrdiff_t i = 0; i < n; i++)
+    ptrdiff_t i = 0;
+#if defined(__AVX512F__) /* GCC would load 32 at a time, and extract half */
+    for (; i + 16 <= n; i += 16) {
+        __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(b + i)));
+        _mm512_storeu_si512(into + i, _mm512_slli_epi32(wide, 16));
+    }
+#endif
+    for (; i < n; i++)
         into[i] = from_bfloat16(b[i]);
 }
 
