@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from suite import Work
 
 LARGE = 32
-ELEMENTS = 512  # of a row, or of short rows, that single steps are taken through
+ELEMENTS = 8192  # of a row, or of short rows, that single steps are taken through
 LANES = 16  # at most so many short rows are computed together
 MOVES = re.compile(
     r"v?(mov|lddqu|broadcast|insert|extract|unpck|perm|shuf|zero)|vp?(broadcast|maskmov)|vmaskmov"

@@ -29,9 +29,9 @@ from gufunc cimport Watch, is_unwanted
 from libc.math cimport exp as libm_exp, expm1 as libm_expm1, log, sqrt
 from numpy cimport npy_intp
 from sums cimport (
-    LANES, LONG_BLOCK, MAX_GROUPS, STRIP, Ahead, LaneParts, LaneSums, Row, Slope, Sums, Trait, across,
-    add, clear, clear_lanes, copy, divergence_of, element, fill, fold, keep_from, largest, least,
-    round_off, run_length, take_lanes, two_sum,
+    LANES, LONG_BLOCK, MAX_GROUPS, STRIP, Ahead, LaneParts, LaneSums, Row, Slope, Sums, Trait,
+    across, add, clear, clear_lanes, copy, divergence_of, element, fill, fold, keep_from, largest,
+    least, round_off, run_length, take_lanes, two_sum,
 )
 from vecmath cimport (
     INFINITY, NAN, exp, expm1, larger, magnitude, phi, phi_near, real, residual_product,

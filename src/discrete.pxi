@@ -222,9 +222,9 @@ cdef inline void discrete_runs(const real *p, const real *q, npy_intp step_p, np
 cdef void discrete_row_loop(const real *p, const real *q, int n, int first, bint scaled,
                             bint normalize, const real *ratio, real *lowest,
                             LaneSums *into) noexcept nogil:
-    """As discrete_loop, of one row. In short steps, floats are asked for 2 KB ahead, which takes 8 %
-    off rows from memory: processors' own requests stop at pages. Doubles and long steps come in
-    time."""
+    """As discrete_loop, of one row. In short steps, floats are asked for 2 KB ahead, which takes
+    8 % off rows from memory: processors' own requests stop at pages. Doubles and long steps come
+    in time."""
     cdef Ahead beyond
     cdef Ahead *ahead = &beyond if real is float and STEP_BYTES <= 128 else NULL
     beyond.data[0], beyond.data[1] = <const char *> p + 2048, <const char *> q + 2048

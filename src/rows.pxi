@@ -12,8 +12,8 @@ then in double, then by the family's `hard_value`.
 from numpy cimport npy_intp
 from gufunc cimport INVALID, Watch, look_for_signals, parallel_for
 from sums cimport (
-    BLOCK, LANES, LONG_BLOCK, MAX_OPERANDS, Family, Format, Row, Sums, Trait, add, clear, conditioning,
-    divergence_of, even_divergence_of, even_margin, round_off, two_sum,
+    BLOCK, LANES, LONG_BLOCK, MAX_OPERANDS, Family, Format, Row, Sums, Trait, add, clear,
+    conditioning, divergence_of, even_divergence_of, even_margin, round_off, two_sum,
 )
 from vecmath cimport (
     INFINITY, NAN, floats_from_bfloat16, floats_from_float16, from_bfloat16, from_float16, larger,
@@ -208,8 +208,8 @@ cdef void sum_blocks(const Row *row, npy_intp start, npy_intp stop, int most, do
 
 
 cdef inline int most_together(bint in_place, real of_type) noexcept nogil:
-    """Elements of a block. Where they lie, blocks of 1024 take a fifth longer, for what is done once
-    for each; copies of more leave the first cache."""
+    """Elements of a block. Where they lie, blocks of 1024 take a fifth longer, for what is done
+    once for each; copies of more leave the first cache."""
     return LONG_BLOCK * 8 // <int> sizeof(real) if in_place else BLOCK
 
 

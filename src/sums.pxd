@@ -24,7 +24,7 @@ cdef extern from "lanes.h":
 
 cdef enum:
     BLOCK = 1024       # elements of one row that are loaded together
-    LONG_BLOCK = 4 * BLOCK   # doubles that are summed together where they lie, or twice as many floats
+    LONG_BLOCK = 4 * BLOCK   # doubles that are summed where they lie; of floats twice as many
     HALF = LANES / 2
     QUARTER = LANES / 4
     STRIP = 112 + 2 * LANES  # elements of each of LANES rows that are summed together
@@ -190,8 +190,8 @@ cdef inline int steps_together(real of_type) noexcept nogil:
 
 
 cdef inline int full_run(int sums, real of_type) noexcept nogil:
-    """How many terms a lane adds up in so many sums. A long run of equal terms rounds one way: 32 in
-    one sum in float, 1.2e-6."""
+    """How many terms a lane adds up in so many sums. A long run of equal terms rounds one way: 32
+    in one sum in float, 1.2e-6."""
     return sums * RUN if real is float else LONG_RUN
 
 

@@ -212,8 +212,8 @@ static inline double at_least_f64(double low, double x) {
     return from_bits_f64((uint64_t)(a > b ? a : b));
 }
 
-/* 2 atanh(s) - 2 s, |s| <= 0.2007. 7e-7 (f32) and 4.3e-15 (f64), which is added to at least 10 times
- * as much. */
+/* 2 atanh(s) - 2 s, |s| <= 0.2007. 7e-7 (f32) and 4.3e-15 (f64), which is added to at least 10
+ * times as much. */
 static inline float atanh_tail_f32(float s) {
     float u = s * s;
     float t = 0.2996638361610413f;
