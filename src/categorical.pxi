@@ -556,7 +556,7 @@ cdef void categorical_block(const real **x, int n, double beta, bint *far,
                  weights, constants, infinite, NULL, &lanes)
     copy(sums.weight, lanes.weight)
     take_lanes(&lanes, into)
-    into.doubtful |= loop == Loop.FAR and largest(infinite) > 0
+    into.doubtful = loop == Loop.FAR and largest(infinite) > 0
 
 
 cdef int choose_peaks(const real **x, const npy_intp *step, int n, int *loops, real *constants,

@@ -3,8 +3,8 @@ the row, still in cache, that writes the gradients. Short rows are computed side
 
 What the pass needs from the row is its Slope, made of the sums that the value was made of. Where
 those were not vouched for in float, value and gradients are computed in double, and where not in
-double, one element at a time. Elements do not depend on each other: blocks are cut as for sums,
-and threads may take pieces of one row in any order.
+double, one element at a time. Elements do not depend on each other: threads may take pieces of one
+row in any order.
 """
 
 from gufunc cimport Batch, Kernel, Plan, Watch, is_unwanted, look_for_signals

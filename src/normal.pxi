@@ -52,39 +52,47 @@ cdef inline void take_terms(bint keep, const real *term, real *terms, real *run)
         fold(term, run)
 
 
-# Of each lane: the least and the greatest spread so far. NaN are passed over: sums tell.
+# Of each lane: the least and the greatest variance or scale so far, and the largest |e| in its unit;
+# of log-variances the largest |s_q| and |s_p - s_q|. NaN are passed over: sums tell.
 cdef enum:
     LEAST = 0
-    GREATEST = LANES      # of log-variances, what is greatest of |s_q|, |s_p - s_q|
-    BOUNDS = 2 * LANES
+    GREATEST = LANES
+    FARTHEST = 2 * LANES
+    BOUNDS = 3 * LANES
 
 
 cdef inline void begin_bounds(real *bounds) noexcept nogil:
     cdef int lane
     for lane in range(LANES):
-        bounds[LEAST + lane], bounds[GREATEST + lane] = 1, 0
+        bounds[LEAST + lane] = bounds[GREATEST + lane] = 1
+        bounds[FARTHEST + lane] = 0
+
+
+cdef inline void copy_bounds(const real *bounds, real *into) noexcept nogil:
+    copy(bounds + LEAST, into + LEAST)
+    copy(bounds + GREATEST, into + GREATEST)
+    copy(bounds + FARTHEST, into + FARTHEST)
 
 
 cdef inline void doubt_lanes(const real *bounds, const Row *row, double *doubtful) noexcept nogil:
-    """Which lanes have a value that the fast formulas have no range for: reciprocals and the powers
-    of 2 between any two spreads of a lane, squared for scales, are to be normal numbers."""
+    """Which lanes have a value that the fast formulas have no range for: z, 1/z, 1/y and 2^e, for
+    scales 4^e, are to be normal numbers."""
     cdef int lane
     cdef bint logs = row.spread_p == Spread.LOG_VARIANCE and row.spread_q == Spread.LOG_VARIANCE
     cdef bint squared = row.spread_p == Spread.SCALE and row.spread_q == Spread.SCALE
-    cdef real low, high, most, between
+    cdef real low, high, most, unit = <real> 1
     if real is float:
-        low, high = <real> 1.2e-38, <real> 8e37
-        most, between = 86, <real> (2.8e17 if squared else 3.3e35)       # 2^58, 2^118
+        low, high = <real> 2.4e-38, <real> 4.2e37                  # 2^-125, 2^125
+        most = <real> (86 if logs else 43.3 if squared else 86.9)  # ln2 times 62.5, 125.4
     else:
-        low, high = 2.3e-308, 4e307
-        most, between = 706, 4e149 if squared else 1e300                 # 2^497, 2^996
+        low, high = 4.5e-308, 2.2e307                              # 2^-1021, 2^1021
+        most = 706 if logs else 353.8 if squared else 708          # ln2 times 510.4, 1021.4
+    if not logs:
+        unit = unit_ln2(unit)
     for lane in range(LANES):
-        if logs:
-            doubtful[lane] = doubtful[lane] if bounds[GREATEST + lane] <= most else 1
-        else:
-            most = smaller(bounds[LEAST + lane] * between, high)
-            doubtful[lane] = doubtful[lane] if bounds[LEAST + lane] >= low else 1
-            doubtful[lane] = doubtful[lane] if bounds[GREATEST + lane] <= most else 1
+        doubtful[lane] = doubtful[lane] if bounds[LEAST + lane] >= low else 1
+        doubtful[lane] = doubtful[lane] if bounds[GREATEST + lane] <= high else 1
+        doubtful[lane] = doubtful[lane] if bounds[FARTHEST + lane] * unit <= most else 1
 
 
 cdef inline void log_variance_run(bint keep, const real **at, const npy_intp *step, int n,
@@ -104,7 +112,7 @@ cdef inline void log_variance_run(bint keep, const real **at, const npy_intp *st
             s_q = spread_of_q[i * step_3 + lane]
             x = spread_of_p[i * step_1 + lane] - s_q
             size = larger(magnitude(x), magnitude(s_q))
-            bounds[GREATEST + lane] = larger(size, bounds[GREATEST + lane])
+            bounds[FARTHEST + lane] = larger(size, bounds[FARTHEST + lane])
             term[lane] = phi(x, <real> 0) + mean * mean * exp(-s_q, <real> 0)
         take_terms(keep, term, terms + i * LANES, run)
 
@@ -134,6 +142,8 @@ cdef inline void normal_factors(const real **at, const npy_intp *step, int n, in
             bounds[LEAST + lane] = smaller(smaller(v_p, v_q), bounds[LEAST + lane])
             bounds[GREATEST + lane] = larger(larger(v_p, v_q), bounds[GREATEST + lane])
             z, units = match_exponent(v_p, v_q), ratio_units(v_p, v_q)
+            bounds[FARTHEST + lane] = larger(magnitude(units), bounds[FARTHEST + lane])
+            mean += v_q * 0  # NaN stays: in z it is lost
             power = times_power(one, v_p, v_q)
             d = v_p - z
             if spread_p != spread_q:
@@ -207,15 +217,13 @@ cdef inline void normal_run(const real **at, const npy_intp *step, int n, int st
     NULL."""
     cdef real run[LANES]
     cdef real bounds[BOUNDS]
-    copy(bounds_so_far, bounds)
-    copy(bounds_so_far + LANES, bounds + LANES)
+    copy_bounds(bounds_so_far, bounds)
     fill(run, <real> 0)
     if terms != NULL:
         take_run(True, at, step, n, steps, spread_p, spread_q, terms, run, bounds)
     else:
         take_run(False, at, step, n, steps, spread_p, spread_q, terms, run, bounds)
-    copy(bounds, bounds_so_far)
-    copy(bounds + LANES, bounds_so_far + LANES)
+    copy_bounds(bounds, bounds_so_far)
     keep_from(first, run)
     fold(run, into.divergence)
 
@@ -248,7 +256,7 @@ cdef inline void normal_runs(const real **x, const npy_intp *step, int n, int fi
 
 
 cdef inline bint lie_side_by_side(const npy_intp *step) noexcept nogil:
-    """Whether columns follow each other without gaps, which those of several groups do not."""
+    """Whether the columns of one group follow each other without gaps."""
     return (step[0] == LANES) & (step[1] == LANES) & (step[2] == LANES) & (step[3] == LANES)
 
 
@@ -258,7 +266,7 @@ cdef inline void normal_groups(const real **x, const npy_intp *step, int n, int 
     cdef const real *at[4]
     cdef npy_intp side_by_side[4]
     cdef int operand, group
-    if lie_side_by_side(step):  # constants for the loops
+    if groups == 1 and lie_side_by_side(step):  # constants for the loops
         for operand in range(4):
             side_by_side[operand] = LANES
         normal_runs(x, side_by_side, n, first, spread_p, spread_q, terms, bounds, &into.sums)
@@ -448,7 +456,7 @@ cdef inline double normal_hard_value(const Row *row, Watch *watch) noexcept nogi
         scaled = element(row, 0, i) - element(row, 2, i)
         if scaled != 0:
             scaled = libm_exp(2 * log(fabs(scaled)) - log_variance(s_q, row.spread_q))
-        result += 0.5 * ((libm_expm1(x) - x) + scaled)
+        result += 0.5 * ((phi(x, 0.0) if fabs(x) < 1 else libm_expm1(x) - x) + scaled)
     return result
 
 

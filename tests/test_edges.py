@@ -5,8 +5,10 @@ What is refused by an exception is in test_errors.py.
 
 import klfast
 import klfast.reference
+import mpmath as mp
 import numpy as np
 import pytest
+from numpy.lib.stride_tricks import sliding_window_view
 
 from registry import DTYPES, IDS, PLAIN
 
@@ -173,6 +175,9 @@ NORMAL = {  # loc_p, scale_p, loc_q, scale_q, what it makes of its row, raises "
     "q mean NaN": (0.0, 1.0, NAN, 2.0, NAN, False),
     "p scale NaN": (0.0, NAN, 1.0, 2.0, NAN, False),
     "q scale NaN": (0.0, 1.0, 1.0, NAN, NAN, False),
+    "q scale NaN, same mean": (1.0, 1.0, 1.0, NAN, NAN, False),
+    "q scale NaN, same mean, p wide": (1.0, 2.0, 1.0, NAN, NAN, False),
+    "q scale NaN, same mean, p narrow": (1.0, 0.25, 1.0, NAN, NAN, False),
     "p scale NaN, q a point": (0.0, NAN, 1.0, 0.0, NAN, False),
 }
 
@@ -207,6 +212,46 @@ def test_infinite_spread_beside_a_huge_one(spread, dtype, size, position):
         arrays[f"{spread}_{infinite}"][1, position] = INF
         arrays[f"{spread}_{huge}"][1, position] = np.finfo(dtype).max / 2
         check_row(entry, arrays, 1, NAN, True)
+
+
+@pytest.mark.parametrize("size", [1, 20, 200, 2000])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spread", ["scale", "var"])
+def test_nearly_equal_spreads_of_any_size(spread, dtype, size):
+    """Also far apart from each other, and at the ends of what is a normal number."""
+    info = np.finfo(dtype)
+    far = 2.0 ** (info.maxexp // 3)
+    for sizes in ([1 / far, far], [far * far], [info.tiny * 1.5], [info.max / 8]):
+        q = np.resize(np.repeat(np.array(sizes, dtype), 16), size)
+        p = (q * 1.0001).astype(dtype)
+        zero = np.zeros_like(q)
+        got = klfast.kl_normal(zero, loc_q=zero, **{f"{spread}_p": p, f"{spread}_q": q})
+        with mp.workdps(50):
+            ratios = [mp.mpf(float(x)) / mp.mpf(float(y)) for x, y in zip(p, q, strict=True)]
+            ratios = [r * r if spread == "scale" else r for r in ratios]
+            want = float(mp.fsum((r - 1 - mp.log(r)) / 2 for r in ratios))
+        bound = 1e-6 if dtype == "float32" else 1e-14
+        assert got == pytest.approx(want, rel=bound, abs=0), (sizes, got, want)
+
+
+def test_overlapping_windows():
+    """Columns a vector apart are not the next columns of the same group."""
+    values = np.random.default_rng(0).uniform(0.5, 2, (4, 64 + 16 * 200))
+    for step in (8, 16):
+        windows = [sliding_window_view(x, step * 199 + 1)[:64, ::step] for x in values]
+        want = klfast.kl_normal(*(np.ascontiguousarray(w) for w in windows))
+        np.testing.assert_allclose(klfast.kl_normal(*windows), want, rtol=1e-14, err_msg=str(step))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_beside_a_row_of_another_sum(dtype):
+    rng = np.random.default_rng(0)
+    for size in (3, 10, 50, 300):
+        p, q = rng.dirichlet(np.ones(size), (2, 64)).astype(dtype)
+        want = klfast.kl_discrete(p, q)
+        p[5] *= 1.5
+        got = klfast.kl_discrete(p, q)
+        np.testing.assert_array_equal(np.delete(got, 5), np.delete(want, 5), err_msg=str(size))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
