@@ -17,7 +17,7 @@ from numpy cimport npy_intp
 from sums cimport (
     LANES, MAX_GROUPS, MOST_STEPS, STRIP, Ahead, LaneParts, LaneSums, Row, Sums, Trait, across,
     clear_lanes, copy, element, fill, fold, full_run, keep_from, largest, run_length,
-    steps_together,
+    steps_together, two_sum,
 )
 from vecmath cimport (
     INFINITY, NAN, atanh_tail, exp, exp_pair_f64, expm1, larger, magnitude, match_exponent, phi,
@@ -52,8 +52,8 @@ cdef inline void take_terms(bint keep, const real *term, real *terms, real *run)
         fold(term, run)
 
 
-# Of each lane: the least and the greatest variance or scale so far, and the largest |e| in its unit;
-# of log-variances the largest |s_q| and |s_p - s_q|. NaN are passed over: sums tell.
+# Of each lane: the least and the greatest variance or scale so far, and the largest |e|, in its
+# unit; of log-variances the largest |s_q| and |s_p - s_q|. NaN are passed over: sums tell.
 cdef enum:
     LEAST = 0
     GREATEST = LANES
@@ -446,7 +446,7 @@ cdef int normal_traits(const double **x, int n, const Row *row) noexcept nogil:
 
 cdef inline double normal_hard_value(const Row *row, Watch *watch) noexcept nogil:
     """Variances that the fast formulas have no range for."""
-    cdef double s_p, s_q, x, scaled, result = 0
+    cdef double s_p, s_q, x, scaled, result = 0, rest = 0
     cdef npy_intp i
     for i in range(row.length):
         if is_unwanted(watch, i):
@@ -456,8 +456,9 @@ cdef inline double normal_hard_value(const Row *row, Watch *watch) noexcept nogi
         scaled = element(row, 0, i) - element(row, 2, i)
         if scaled != 0:
             scaled = libm_exp(2 * log(fabs(scaled)) - log_variance(s_q, row.spread_q))
-        result += 0.5 * ((phi(x, 0.0) if fabs(x) < 1 else libm_expm1(x) - x) + scaled)
-    return result
+        x = phi(x, 0.0) if fabs(x) < 1 else libm_expm1(x) - x
+        result = two_sum(result, 0.5 * (x + scaled), &rest)
+    return result + rest if result < INFINITY else result
 
 
 # Gradients. With t = v_p/v_q - 1, without cancellation as above, and m = m_p - m_q,

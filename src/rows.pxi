@@ -1,8 +1,9 @@
 """One row: from operands in memory to a result.
 
 A row is summed block by block in a fixed order: blocks of elements in their own type, longer ones
-where they lie side by side in memory, pieces of PIECE elements in double, pieces one after the other. That order is all that the bits of a
-result depend on; threads may take pieces of one row in any order.
+where they lie side by side in memory, pieces of PIECE elements in double, pieces one after the
+other. That order is all that the bits of a result depend on; threads may take pieces of one row in
+any order.
 
 What the fast formulas cannot vouch for (values out of their range, a bad ratio, bad input) is
 looked at again: values that decide the result end there, the rest is computed with a better ratio,
