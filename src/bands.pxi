@@ -160,7 +160,7 @@ cdef inline void ask_for(Ahead *ahead, int first, int last, int n, real of_type)
         ahead.data[operand] += size
 
 
-cdef Ahead *rows_ahead(const Rows *rows, Ahead *ahead, real of_type) noexcept nogil:
+cdef Ahead *rows_ahead(const Rows *rows, Ahead *ahead) noexcept nogil:
     """The rows of the next band, if those of this one follow each other: processors do not foresee
     the way through them. NULL: they do not, or are long."""
     cdef const Row *row = &rows.first
@@ -596,7 +596,7 @@ cdef void band_values(Band *band, double *values, double *conditions, real of_ty
     cdef const real *x[MAX_OPERANDS]
     cdef npy_intp step[MAX_OPERANDS]
     cdef Ahead next_band
-    cdef Ahead *ahead = rows_ahead(&band.rows, &next_band, of_type)
+    cdef Ahead *ahead = rows_ahead(&band.rows, &next_band)
     cdef bint shifted = band.rows.in_place and row.family == Family.CATEGORICAL
     begin_band(band)
     if shifted:

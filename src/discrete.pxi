@@ -237,8 +237,8 @@ cdef void discrete_row_loop(const real *p, const real *q, int n, int first, bint
 
 
 cdef inline void discrete_groups(const real *p, const real *q, npy_intp step_p, npy_intp step_q,
-                                 int n, int groups, int more, int first, bint scaled,
-                                 bint normalize, const real *ratio, real *lowest, Ahead *ahead,
+                                 int n, int groups, int more, bint scaled, bint normalize,
+                                 const real *ratio, real *lowest, Ahead *ahead,
                                  LaneParts *into) noexcept nogil:
     cdef int group, at
     for group in range(groups):
@@ -249,24 +249,23 @@ cdef inline void discrete_groups(const real *p, const real *q, npy_intp step_p, 
             discrete_run(p + at, q + at, step_p, step_q, n, 1, 0, scaled, ratio + at,
                          lowest + at, NULL, &into[group].sums)
         else:
-            discrete_runs(p + at, q + at, step_p, step_q, n, first, scaled, normalize, ratio + at,
+            discrete_runs(p + at, q + at, step_p, step_q, n, 0, scaled, normalize, ratio + at,
                           lowest + at, ahead, &into[group].sums)
 
 
 cdef void discrete_loop(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
-                        int groups, int more, int first, bint scaled, bint normalize,
-                        const real *ratio, real *lowest, Ahead *ahead,
-                        LaneParts *into) noexcept nogil:
+                        int groups, int more, bint scaled, bint normalize, const real *ratio,
+                        real *lowest, Ahead *ahead, LaneParts *into) noexcept nogil:
     """Add n terms of each lane of groups that lie side by side, and ask for so many more of their
-    terms and for what is `ahead`; `first`: as discrete_runs."""
+    terms and for what is `ahead`."""
     if not normalize:
-        discrete_groups(p, q, step_p, step_q, n, groups, more, first, False, False, ratio, lowest,
+        discrete_groups(p, q, step_p, step_q, n, groups, more, False, False, ratio, lowest,
                         ahead, into)
     elif scaled:
-        discrete_groups(p, q, step_p, step_q, n, groups, more, first, True, True, ratio, lowest,
+        discrete_groups(p, q, step_p, step_q, n, groups, more, True, True, ratio, lowest,
                         ahead, into)
     else:
-        discrete_groups(p, q, step_p, step_q, n, groups, more, first, False, True, ratio, lowest,
+        discrete_groups(p, q, step_p, step_q, n, groups, more, False, True, ratio, lowest,
                         ahead, into)
 
 
@@ -344,7 +343,7 @@ cdef void discrete_columns(const real **x, const npy_intp *step, int n, int grou
             lowest[group * LANES + lane] = 1
     while start < n:
         discrete_loop(x[0] + start * step[0], x[1] + start * step[1], step[0], step[1],
-                      min(together, n - start), groups, together if together < n else 0, 0,
+                      min(together, n - start), groups, together if together < n else 0,
                       into.scaled, normalize, ratios, lowest, ahead, into)
         start += together
     for group in range(groups):

@@ -259,7 +259,7 @@ cdef void sum_group(Group *group, real *buffer, const real **x, npy_intp *step) 
     cdef Ahead ahead
     fill(before, <double> -1)
     begin_band(&group.band)
-    sum_band(&group.band, buffer, x, step, rows_ahead(&group.band.rows, &ahead, buffer[0]))
+    sum_band(&group.band, buffer, x, step, rows_ahead(&group.band.rows, &ahead))
     finish_lanes(row, group.band.parts, 1, group.values, group.conditions)
     for attempt in range(2):
         for lane in range(LANES):

@@ -320,8 +320,8 @@ cdef void normal_loop(const real **x, const npy_intp *step, int n, int groups, i
 
 
 cdef void normal_block(const real **x, int n, const Row *row, Sums *into) noexcept nogil:
-    """Add n elements, twice, LANES or more once padded; the last lanes overlap what was added
-    before and do not count."""
+    """The sum of n elements, twice, LANES or more once padded; the last lanes overlap what was
+    added before and do not count."""
     cdef LaneParts lanes
     cdef real bounds[BOUNDS]
     cdef npy_intp step[4]

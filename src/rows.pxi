@@ -190,6 +190,7 @@ cdef inline void sum_block(const Row *row, const real **x, int n, double ratio, 
 
 cdef void sum_blocks(const Row *row, npy_intp start, npy_intp stop, int most, double ratio,
                      Sums *sums, real of_type) noexcept nogil:
+    """What needs a buffer or more than one block: apart from sum_stretch, whose frame is small."""
     cdef real buffer[MAX_OPERANDS * (BLOCK + LANES)]
     cdef const real *x[MAX_OPERANDS]
     cdef Sums parts[2 * PIECE / BLOCK]

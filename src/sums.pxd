@@ -196,7 +196,7 @@ cdef inline int full_run(int sums, real of_type) noexcept nogil:
 
 
 cdef inline int run_length(int n, int sums, real of_type) noexcept nogil:
-    """The same of n terms that are left."""
+    """The same of n terms that are left: all, if few more."""
     cdef int length = full_run(sums, of_type)
     return n if n <= length + length / 2 else length
 
