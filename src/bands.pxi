@@ -9,7 +9,7 @@ neighbours, those of a short one not on how it lies either.
 from numpy cimport npy_intp
 from sums cimport (
     COPY_BYTES, LANES, MAX_GROUPS, MAX_OPERANDS, RUN, SHORT_ROW, STRIP, Ahead, Family, LaneParts,
-    LaneSums, Row, clear_lanes, copy, even_margin, fill, least, two_sum,
+    LaneSums, Row, clear_lanes, copy, even_margin, fill, least, transpose, two_sum,
 )
 from vecmath cimport INFINITY, larger, real, smaller
 
@@ -17,10 +17,6 @@ cdef extern from "transpose.h" nogil:
     void copy_line(const char *line, npy_intp ahead, npy_intp n, char *into)
     void prefetch(const char *data, npy_intp n)
     void prefetch_far(const char *data, npy_intp n)
-    void transpose_f32(const float *x, npy_intp outer, npy_intp n, npy_intp rows, float *into,
-                       npy_intp width)
-    void transpose_f64(const double *x, npy_intp outer, npy_intp n, npy_intp rows, double *into,
-                       npy_intp width)
 
 cdef enum:
     ROWS_AHEAD = 4             # 8 are no better
@@ -77,15 +73,6 @@ cdef inline int most_copied(int n_operands, npy_intp length, real of_type) noexc
     """Groups of columns, as many as the buffer holds."""
     cdef int strip = <int> min(length, <npy_intp> STRIP)
     return min(<int> MAX_GROUPS, COPY_BYTES // (n_operands * strip * LANES * <int> sizeof(real)))
-
-
-cdef inline void transpose(const real *x, npy_intp outer, int n, int rows, real *into,
-                           int width) noexcept nogil:
-    """into[i * width + row] = element i of a row."""
-    if real is float:
-        transpose_f32(x, outer, n, rows, into, width)
-    else:
-        transpose_f64(x, outer, n, rows, into, width)
 
 
 cdef void gather(int format, const char *data, npy_intp outer, npy_intp step, int n, int used,

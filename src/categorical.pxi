@@ -31,7 +31,7 @@ from numpy cimport npy_intp
 from sums cimport (
     LANES, LONG_BLOCK, MAX_GROUPS, STRIP, Ahead, LaneParts, LaneSums, Row, Slope, Sums, Trait,
     across, add, clear, clear_lanes, copy, divergence_of, element, fill, fold, keep_from, largest,
-    least, round_off, run_length, take_lanes, two_sum,
+    least, round_off, run_length, two_sum,
 )
 from vecmath cimport (
     INFINITY, NAN, exp, expm1, larger, magnitude, phi, phi_near, real, residual_product,
@@ -554,8 +554,8 @@ cdef void categorical_block(const real **x, int n, double beta, bint *far,
     clear_lanes(&lanes)
     diverge_loop(loop, offset, x[0], x[1], LANES, LANES, n // LANES, (LANES - n % LANES) % LANES,
                  weights, constants, infinite, NULL, &lanes)
-    copy(sums.weight, lanes.weight)
-    take_lanes(&lanes, into)
+    into.divergence, into.drift = across(lanes.divergence), across(lanes.drift)
+    into.weight = weight
     into.doubtful = loop == Loop.FAR and largest(infinite) > 0
 
 

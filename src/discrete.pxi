@@ -17,10 +17,10 @@ from gufunc cimport Watch, is_unwanted
 from libc.math cimport fabs, frexp, ldexp, log, log1p
 from numpy cimport npy_intp
 from sums cimport (
-    LANES, MAX_GROUPS, MOST_STEPS, RUN, STEP_BYTES, Ahead, Format, LaneParts, LaneSums, Row, Slope,
-    Sums, Trait, add, clear, clear_lanes, copy, divergence_of, element, fill, fold, full_run,
-    keep_from, largest, least, round_off, run_length, steps_together, take_lanes,
-    take_lanes_exactly, two_sum,
+    LANES, MAX_GROUPS, MOST_STEPS, RUN, STEP_BYTES, Ahead, Format, LaneParts, LaneSums, Row,
+    RowLanes, Slope, Sums, Trait, row_sums, add, clear, clear_lanes, copy,
+    divergence_of, element, fill, fold, full_run, keep_from, largest, least, round_off, row_of,
+    run_length, steps_together, take_lanes, take_lanes_exactly, two_sum,
 )
 from vecmath cimport (
     INFINITY, LN2, NAN, at_least, atanh_tail, larger, match_exponent, ratio_exponent, ratio_log,
@@ -111,9 +111,11 @@ cdef inline void add_steps(const real *p, const real *q, npy_intp step_p, npy_in
 
 
 cdef inline void discrete_run(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
-                              int steps, int first, bint scaled, const real *ratios,
-                              real *lowest_so_far, Ahead *ahead, LaneSums *into) noexcept nogil:
-    """Add n terms of each of the lanes first..LANES-1."""
+                              int steps, const real *last_p, const real *last_q, int first,
+                              bint scaled, const real *ratios, real *lowest_so_far, Ahead *ahead,
+                              real *weights, real *divergences, real *drifts) noexcept nogil:
+    """The sums of n terms of each lane, and, if `first` is not 0, of those of the lanes
+    first..LANES-1 of one vector more."""
     cdef int lane
     cdef real weight[LANES]
     cdef real divergence[LANES]
@@ -122,6 +124,12 @@ cdef inline void discrete_run(const real *p, const real *q, npy_intp step_p, npy
     copy(lowest_so_far, lowest)
     for lane in range(LANES):
         weight[lane] = divergence[lane] = excess[lane] = 0
+    if first:
+        add_steps(last_p, last_q, LANES, LANES, 1, scaled, ratios, lowest, weight, divergence,
+                  excess)
+        keep_from(first, weight)
+        keep_from(first, divergence)
+        keep_from(first, excess)
     while n >= steps:
         ask_for(ahead, 0, 2, steps, <real> 0)
         add_steps(p, q, step_p, step_q, steps, scaled, ratios, lowest, weight, divergence, excess)
@@ -130,20 +138,16 @@ cdef inline void discrete_run(const real *p, const real *q, npy_intp step_p, npy
         ask_for(ahead, 0, 2, n, <real> 0)
         add_steps(p, q, step_p, step_q, n, scaled, ratios, lowest, weight, divergence, excess)
     copy(lowest, lowest_so_far)
+    copy(weight, weights)
+    copy(divergence, divergences)
     for lane in range(LANES):
-        excess[lane] -= divergence[lane]
-    keep_from(first, weight)
-    keep_from(first, divergence)
-    keep_from(first, excess)
-    fold(weight, into.weight)
-    fold(divergence, into.divergence)
-    fold(excess, into.drift)
+        drifts[lane] = excess[lane] - divergence[lane]
 
 
 cdef inline void plain_run(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
                            int first, real *lowest_so_far, LaneSums *into) noexcept nogil:
-    """As discrete_run, for the sum as it stands: the excess counts in first order and is summed in
-    two parts, and the weight is the sum of |p log(p/q)|."""
+    """Add n terms of the lanes first..LANES-1 to the sum as it stands: the excess counts in first
+    order and is summed in two parts, and the weight is the sum of |p log(p/q)|."""
     cdef int lane, i
     cdef real x, y, x_normal, e_ln2, z, difference, s, tail, term, before, added
     cdef real floor = smallest_weight(False, <real> 0)
@@ -190,13 +194,24 @@ cdef inline void plain_run(const real *p, const real *q, npy_intp step_p, npy_in
 
 
 cdef inline void any_run(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
-                         int steps, int first, bint scaled, bint normalize, const real *ratio,
-                         real *lowest, Ahead *ahead, LaneSums *into) noexcept nogil:
+                         int steps, const real *last_p, const real *last_q, int first, bint scaled,
+                         bint normalize, const real *ratio, real *lowest, Ahead *ahead,
+                         LaneSums *into) noexcept nogil:
+    """Add such a run."""
+    cdef real weight[LANES]
+    cdef real divergence[LANES]
+    cdef real drift[LANES]
     if normalize:
-        discrete_run(p, q, step_p, step_q, n, steps, first, scaled, ratio, lowest, ahead, into)
-    else:
-        ask_for(ahead, 0, 2, n, <real> 0)
-        plain_run(p, q, step_p, step_q, n, first, lowest, into)
+        discrete_run(p, q, step_p, step_q, n, steps, last_p, last_q, first, scaled, ratio, lowest,
+                     ahead, weight, divergence, drift)
+        fold(weight, into.weight)
+        fold(divergence, into.divergence)
+        fold(drift, into.drift)
+        return
+    ask_for(ahead, 0, 2, n, <real> 0)
+    plain_run(p, q, step_p, step_q, n, 0, lowest, into)
+    if first:
+        plain_run(last_p, last_q, LANES, LANES, 1, first, lowest, into)
 
 
 cdef inline void discrete_runs(const real *p, const real *q, npy_intp step_p, npy_intp step_q,
@@ -205,35 +220,17 @@ cdef inline void discrete_runs(const real *p, const real *q, npy_intp step_p, np
     """Add n terms of each lane, and of the lanes from `first` on, if it is not 0, one more, from a
     vector that overlaps the last."""
     cdef int length, full = full_run(2 if normalize else 1, <real> 0)
-    while n > 0:
+    cdef const real *last_p = p + n * step_p - first
+    cdef const real *last_q = q + n * step_q - first
+    while n > 0 or first:
         length = run_length(n, 2 if normalize else 1, <real> 0)
         if length == full:  # a constant for the loops
-            any_run(p, q, step_p, step_q, full, steps_together(<real> 0), 0, scaled, normalize,
-                    ratio, lowest, ahead, into)
+            any_run(p, q, step_p, step_q, full, steps_together(<real> 0), last_p, last_q, first,
+                    scaled, normalize, ratio, lowest, ahead, into)
         else:
-            any_run(p, q, step_p, step_q, length, steps_together(<real> 0), 0, scaled, normalize,
-                    ratio, lowest, ahead, into)
-        p, q, n = p + length * step_p, q + length * step_q, n - length
-    if first:
-        any_run(p - first, q - first, step_p, step_q, 1, 1, first, scaled, normalize, ratio, lowest,
-                NULL, into)
-
-
-cdef void discrete_row_loop(const real *p, const real *q, int n, int first, bint scaled,
-                            bint normalize, const real *ratio, real *lowest,
-                            LaneSums *into) noexcept nogil:
-    """As discrete_loop, of one row. In short steps, floats are asked for 2 KB ahead, which takes
-    8 % off rows from memory: processors' own requests stop at pages. Doubles and long steps come
-    in time."""
-    cdef Ahead beyond
-    cdef Ahead *ahead = &beyond if real is float and STEP_BYTES <= 128 else NULL
-    beyond.data[0], beyond.data[1] = <const char *> p + 2048, <const char *> q + 2048
-    if not normalize:
-        discrete_runs(p, q, LANES, LANES, n, first, False, False, ratio, lowest, ahead, into)
-    elif scaled:
-        discrete_runs(p, q, LANES, LANES, n, first, True, True, ratio, lowest, ahead, into)
-    else:
-        discrete_runs(p, q, LANES, LANES, n, first, False, True, ratio, lowest, ahead, into)
+            any_run(p, q, step_p, step_q, length, steps_together(<real> 0), last_p, last_q, first,
+                    scaled, normalize, ratio, lowest, ahead, into)
+        p, q, n, first = p + length * step_p, q + length * step_q, n - length, 0
 
 
 cdef inline void discrete_groups(const real *p, const real *q, npy_intp step_p, npy_intp step_q,
@@ -246,8 +243,8 @@ cdef inline void discrete_groups(const real *p, const real *q, npy_intp step_p, 
         prefetch_columns(p + at, step_p, n, more)
         prefetch_columns(q + at, step_q, n, more)
         if more and normalize:
-            discrete_run(p + at, q + at, step_p, step_q, n, 1, 0, scaled, ratio + at,
-                         lowest + at, NULL, &into[group].sums)
+            any_run(p + at, q + at, step_p, step_q, n, 1, p, q, 0, scaled, True, ratio + at,
+                    lowest + at, NULL, &into[group].sums)
         else:
             discrete_runs(p + at, q + at, step_p, step_q, n, 0, scaled, normalize, ratio + at,
                           lowest + at, ahead, &into[group].sums)
@@ -290,32 +287,106 @@ cdef inline bint out_of_range(double margin, double weight, real of_type) noexce
     return (margin < 0) | (weight >= largest_weight(of_type))
 
 
-cdef void discrete_block(const real **x, int n, bint normalize, double ratio,
-                         Sums *into) noexcept nogil:
-    """The sums of n elements, LANES or more once padded; the last lanes overlap what was added
-    before and do not count."""
+cdef inline void discrete_rows_of(const real **x, const npy_intp *outer, int n, int begin, int end,
+                                  const double *conditions, bint scaled, bint normalize,
+                                  bint one_run, RowLanes *rows, LaneParts *into) noexcept nogil:
+    """The sums of neighbouring rows, and what is the lowest in each lane of each of them. In short
+    steps, floats are asked for 2 KB ahead, which takes 8 % off long rows from memory: processors'
+    own requests stop at pages. Doubles and long steps come in time."""
+    cdef const real *p
+    cdef const real *q
+    cdef real *sums = <real *> rows.sums
+    cdef real *lowest = <real *> rows.lowest
     cdef LaneSums lanes
-    cdef real ratios[LANES]
-    cdef real lowest[LANES]
-    cdef double margin
-    cdef int first = (LANES - n % LANES) % LANES
+    cdef real ratio[LANES]
+    cdef Ahead beyond
+    cdef Ahead *ahead = &beyond if real is float and STEP_BYTES <= 128 else NULL
+    cdef int row, steps = n // LANES, first = (LANES - n % LANES) % LANES
     cdef npy_intp last = n - LANES
-    cdef bint scaled = normalize and ratio != 1
-    clear_lanes(&lanes)
+    fill(ratio, <real> 1)
+    for row in range(begin, end):
+        fill(lowest + row * LANES, <real> 1)
+        if conditions[row] >= 0:
+            continue
+        if scaled:
+            fill(ratio, <real> into.ratio[row])
+        p, q = row_of(x[0], outer[0], row), row_of(x[1], outer[1], row)
+        beyond.data[0], beyond.data[1] = <const char *> p + 2048, <const char *> q + 2048
+        if one_run:
+            discrete_run(
+                p, q, LANES, LANES, steps, steps_together(<real> 0), p + last, q + last, first,
+                scaled, ratio, lowest + row * LANES, ahead, sums + row * LANES,
+                sums + (LANES + row) * LANES, sums + (2 * LANES + row) * LANES)
+            continue
+        clear_lanes(&lanes)
+        discrete_runs(p, q, LANES, LANES, steps, first, scaled, normalize, ratio,
+                      lowest + row * LANES, ahead, &lanes)
+        if normalize:
+            take_lanes(&lanes, row, into)
+        else:
+            take_lanes_exactly(&lanes, row, into)
+    if one_run:
+        row_sums(sums, begin, end, into.sums.weight)
+        row_sums(sums + LANES * LANES, begin, end, into.sums.divergence)
+        row_sums(sums + 2 * LANES * LANES, begin, end, into.sums.drift)
+
+
+cdef inline bint any_low(const real *lowest, int begin, int end, real floor) noexcept nogil:
+    cdef real joint[LANES]
+    cdef int row, lane
+    fill(joint, <real> 1)
+    for row in range(begin, end):
+        for lane in range(LANES):
+            joint[lane] = smaller(lowest[row * LANES + lane], joint[lane])
+    return least(joint) < floor
+
+
+cdef double row_margin(const real *p, const real *q, int n, bint scaled,
+                       double ratio) noexcept nogil:
+    """The smallest margin of n elements, LANES or more once padded."""
+    cdef real ratios[LANES]
+    cdef real margins[LANES]
+    cdef npy_intp last = n - LANES
     fill(ratios, <real> ratio)
-    fill(lowest, <real> 1)
-    discrete_row_loop(x[0], x[1], n // LANES, first, scaled, normalize, ratios, lowest, &lanes)
-    if normalize:
-        take_lanes(&lanes, into)
+    fill(margins, <real> 0)
+    lower_margins(p, q, LANES, LANES, n // LANES, scaled, ratios, margins)
+    lower_margins(p + last, q + last, LANES, LANES, 1, scaled, ratios, margins)
+    return least(margins)
+
+
+cdef inline void discrete_rows_by(const real **x, const npy_intp *outer, int n, int begin, int end,
+                                  const double *conditions, bint normalize, bint one_run,
+                                  RowLanes *rows, LaneParts *into) noexcept nogil:
+    if not normalize:
+        discrete_rows_of(x, outer, n, begin, end, conditions, False, False, False, rows, into)
+    elif into.scaled:
+        discrete_rows_of(x, outer, n, begin, end, conditions, True, True, one_run, rows, into)
     else:
-        take_lanes_exactly(&lanes, into)
-    margin = least(lowest)
-    if margin < smallest_weight(scaled, <real> 0):
-        fill(lowest, <real> 0)
-        lower_margins(x[0], x[1], LANES, LANES, n // LANES, scaled, ratios, lowest)
-        lower_margins(x[0] + last, x[1] + last, LANES, LANES, 1, scaled, ratios, lowest)
-        margin = least(lowest)
-    into.doubtful = out_of_range(margin, into.weight, <real> 0)
+        discrete_rows_of(x, outer, n, begin, end, conditions, False, True, one_run, rows, into)
+
+
+cdef void discrete_rows(const real **x, const npy_intp *outer, int n, int begin, int end,
+                        const double *conditions, bint normalize, LaneParts *into) noexcept nogil:
+    """The sums of n elements, LANES or more once padded, of the rows begin..end-1 with a negative
+    condition, which lie `outer` bytes apart; the last lanes overlap what was added before and do
+    not count."""
+    cdef RowLanes rows
+    cdef real *lowest = <real *> rows.lowest
+    cdef real floor = smallest_weight(into.scaled, <real> 0)
+    cdef double margin
+    cdef int row
+    cdef bint low
+    if run_length(n // LANES, 2, <real> 0) == n // LANES:
+        discrete_rows_by(x, outer, n, begin, end, conditions, normalize, True, &rows, into)
+    else:
+        discrete_rows_by(x, outer, n, begin, end, conditions, normalize, False, &rows, into)
+    low = any_low(lowest, begin, end, floor)
+    for row in range(begin, end):
+        margin = 0
+        if low and least(lowest + row * LANES) < floor:
+            margin = row_margin(row_of(x[0], outer[0], row), row_of(x[1], outer[1], row), n,
+                                into.scaled, into.ratio[row])
+        into.doubtful[row] = out_of_range(margin, into.sums.weight[row], <real> 0)
 
 
 cdef void doubt_columns(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,

@@ -230,21 +230,15 @@ ctypedef struct Group:
     double conditions[LANES]    # negative: left to gradient_alone
 
 
-cdef inline void lane_sums(const LaneParts *parts, int lane, Sums *sums) noexcept nogil:
-    clear(sums)
-    sums.weight, sums.divergence = parts.sums.weight[lane], parts.sums.divergence[lane]
-    sums.drift = parts.sums.drift[lane] + parts.sums.rest[lane]
-    sums.direct = parts.sums.direct[lane]
-    sums.shift, sums.peak = parts.shift[lane], parts.peak[lane]
-
-
 cdef inline void lane_slope(const Row *row, const LaneParts *parts, int lane,
                             Slope *slope, real of_type) noexcept nogil:
     """From the sums of a row that were vouched for."""
     cdef Sums sums
     if row.family == Family.NORMAL:
         return
-    lane_sums(parts, lane, &sums)
+    clear(&sums)
+    take_row(parts, lane, &sums)
+    round_off(&sums)
     if row.family == Family.DISCRETE:
         discrete_slope(row, &sums, parts.ratio[lane], slope, of_type)
     elif row.family == Family.CATEGORICAL:

@@ -13,9 +13,15 @@ from numpy cimport npy_intp
 
 cdef extern from "Python.h" nogil:
     ctypedef struct PyThreadState
-    int PyGILState_Check()
     PyThreadState *PyEval_SaveThread()
     void PyEval_RestoreThread(PyThreadState *state)
+
+cdef extern from * nogil:
+    """
+    /* In every CPython, but not in the header of the limited API. */
+    PyAPI_FUNC(int) PyGILState_Check(void);
+    """
+    int PyGILState_Check()
 
 cdef extern from "threads.h" nogil:
     int thread_limit()

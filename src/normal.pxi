@@ -15,9 +15,9 @@ from gufunc cimport Watch, is_unwanted
 from libc.math cimport exp as libm_exp, expm1 as libm_expm1, fabs, log
 from numpy cimport npy_intp
 from sums cimport (
-    LANES, MAX_GROUPS, MOST_STEPS, STRIP, Ahead, LaneParts, LaneSums, Row, Sums, Trait, across,
-    clear_lanes, copy, element, fill, fold, full_run, keep_from, largest, run_length,
-    steps_together, two_sum,
+    LANES, MAX_GROUPS, MOST_STEPS, STRIP, Ahead, LaneParts, LaneSums, Row, RowLanes, Sums, Trait,
+    across, clear_lanes, copy, element, fill, fold, full_run, keep_from, largest, row_of, row_sums,
+    run_length, steps_together, transpose, two_sum,
 )
 from vecmath cimport (
     INFINITY, NAN, atanh_tail, exp, exp_pair_f64, expm1, larger, magnitude, match_exponent, phi,
@@ -210,21 +210,32 @@ cdef inline void take_run(bint keep, const real **at, const npy_intp *step, int 
         ratio_run(keep, at, step, n, steps, spread_p, spread_q, terms, run, bounds)
 
 
-cdef inline void normal_run(const real **at, const npy_intp *step, int n, int steps, int first,
-                            int spread_p, int spread_q, real *terms, real *bounds_so_far,
-                            LaneSums *into) noexcept nogil:
-    """Add n terms, twice, of each of the lanes first..LANES-1, or keep them, unless `terms` is
-    NULL."""
+cdef inline void normal_run(const real **at, const npy_intp *step, int n, int steps,
+                            const real **last, int first, int spread_p, int spread_q, real *terms,
+                            real *bounds_so_far, real *sums) noexcept nogil:
+    """The sums of n terms, twice, of each lane, or these terms, unless `terms` is NULL. And add, if
+    `first` is not 0, those of the lanes first..LANES-1 of one vector more."""
     cdef real run[LANES]
     cdef real bounds[BOUNDS]
     copy_bounds(bounds_so_far, bounds)
     fill(run, <real> 0)
+    if first:
+        take_run(False, last, step, 1, 1, spread_p, spread_q, terms, run, bounds)
+        keep_from(first, run)
     if terms != NULL:
         take_run(True, at, step, n, steps, spread_p, spread_q, terms, run, bounds)
     else:
         take_run(False, at, step, n, steps, spread_p, spread_q, terms, run, bounds)
     copy_bounds(bounds, bounds_so_far)
-    keep_from(first, run)
+    copy(run, sums)
+
+
+cdef inline void add_run(const real **at, const npy_intp *step, int n, int steps,
+                         const real **last, int first, int spread_p, int spread_q, real *terms,
+                         real *bounds, LaneSums *into) noexcept nogil:
+    """Add such a run."""
+    cdef real run[LANES]
+    normal_run(at, step, n, steps, last, first, spread_p, spread_q, terms, bounds, run)
     fold(run, into.divergence)
 
 
@@ -234,107 +245,146 @@ cdef inline void normal_runs(const real **x, const npy_intp *step, int n, int fi
     """Take n terms, twice, of each lane, and of the lanes from `first` on, if it is not 0, one
     more, from a vector that overlaps the last."""
     cdef const real *at[4]
+    cdef const real *last[4]
     cdef int operand, length, full = full_run(1, <real> 0)
     for operand in range(4):
-        at[operand] = x[operand]
-    while n > 0:
+        at[operand], last[operand] = x[operand], x[operand] + n * step[operand] - first
+    while n > 0 or first:
         length = run_length(n, 1, <real> 0)
         if length == full:  # a constant for the loops
-            normal_run(at, step, full, steps_together(<real> 0), 0, spread_p, spread_q, terms,
-                       bounds, into)
+            add_run(at, step, full, steps_together(<real> 0), last, first, spread_p, spread_q,
+                    terms, bounds, into)
         else:
-            normal_run(at, step, length, steps_together(<real> 0), 0, spread_p, spread_q, terms,
-                       bounds, into)
+            add_run(at, step, length, steps_together(<real> 0), last, first, spread_p, spread_q,
+                    terms, bounds, into)
         for operand in range(4):
             at[operand] += length * step[operand]
         terms = terms + length * LANES if terms != NULL else NULL
-        n -= length
-    if first:
+        n, first = n - length, 0
+
+
+ctypedef struct Beside:       # rows whose elements lie side by side
+    npy_intp outer[4]         # bytes from one row to the next
+    int begin
+    int end
+    int first                 # the first lane that counts of a vector after the last, or 0
+    npy_intp last             # where it lies
+    const double *conditions  # negative: rows that are wanted
+    double *sums              # NULL: only their terms are wanted
+
+
+cdef inline void rows_beside(const real **x, const Beside *rows, int n, bint one_run, int spread_p,
+                             int spread_q, real *terms, real *bounds) noexcept nogil:
+    cdef const real *at[4]
+    cdef const real *last[4]
+    cdef npy_intp step[4]
+    cdef LaneSums lanes
+    cdef RowLanes runs
+    cdef int operand, row
+    for operand in range(4):
+        step[operand] = LANES  # a constant for the loops
+    for row in range(rows.begin, rows.end):
+        if rows.conditions[row] >= 0:
+            continue
         for operand in range(4):
-            at[operand] -= first
-        normal_run(at, step, 1, 1, first, spread_p, spread_q, <real *> NULL, bounds, into)
-
-
-cdef inline bint lie_side_by_side(const npy_intp *step) noexcept nogil:
-    """Whether the columns of one group follow each other without gaps."""
-    return (step[0] == LANES) & (step[1] == LANES) & (step[2] == LANES) & (step[3] == LANES)
+            at[operand] = row_of(x[operand], rows.outer[operand], row)
+            last[operand] = at[operand] + rows.last
+        if one_run:
+            normal_run(at, step, n, steps_together(<real> 0), last, rows.first, spread_p, spread_q,
+                       terms, bounds, <real *> runs.sums + row * LANES)
+            continue
+        fill(lanes.divergence, <double> 0)
+        normal_runs(at, step, n, rows.first, spread_p, spread_q, terms, bounds, &lanes)
+        if rows.sums != NULL:
+            rows.sums[row] = across(lanes.divergence)
+    if one_run:
+        row_sums(<real *> runs.sums, rows.begin, rows.end, rows.sums)
 
 
 cdef inline void normal_groups(const real **x, const npy_intp *step, int n, int groups, int more,
-                               int first, int spread_p, int spread_q, real *terms, real *bounds,
-                               LaneParts *into) noexcept nogil:
+                               const Beside *rows, int spread_p, int spread_q, real *terms,
+                               real *bounds, LaneParts *into) noexcept nogil:
     cdef const real *at[4]
-    cdef npy_intp side_by_side[4]
     cdef int operand, group
-    if groups == 1 and lie_side_by_side(step):  # constants for the loops
-        for operand in range(4):
-            side_by_side[operand] = LANES
-        normal_runs(x, side_by_side, n, first, spread_p, spread_q, terms, bounds, &into.sums)
+    if rows != NULL:
+        if rows.sums != NULL and run_length(n, 1, <real> 0) == n:
+            rows_beside(x, rows, n, True, spread_p, spread_q, terms, bounds)
+        else:
+            rows_beside(x, rows, n, False, spread_p, spread_q, terms, bounds)
         return
     for group in range(groups):
         for operand in range(4):
             at[operand] = x[operand] + group * LANES
             prefetch_columns(at[operand], step[operand], n, more)
         if more:
-            normal_run(at, step, n, 1, 0, spread_p, spread_q, <real *> NULL,
-                       bounds + group * BOUNDS, &into[group].sums)
+            add_run(at, step, n, 1, at, 0, spread_p, spread_q, <real *> NULL,
+                    bounds + group * BOUNDS, &into[group].sums)
         else:
             normal_runs(at, step, n, 0, spread_p, spread_q, <real *> NULL,
                         bounds + group * BOUNDS, &into[group].sums)
 
 
-cdef void normal_loop(const real **x, const npy_intp *step, int n, int groups, int more, int first,
-                      const Row *row, real *terms, real *bounds, LaneParts *into) noexcept nogil:
+cdef void normal_loop(const real **x, const npy_intp *step, int n, int groups, int more,
+                      const Beside *rows, const Row *row, real *terms, real *bounds,
+                      LaneParts *into) noexcept nogil:
     """Take n terms, twice, of each lane of groups that lie side by side, and ask for so many of
-    those that follow; `first`, `terms`: as normal_runs, where they lie side by side. Every pair of
-    parametrisations has a loop of its own; mixed ones only in double."""
+    those that follow; or of `rows`, if it is not NULL, whose terms are kept, unless `terms` is.
+    Every pair of parametrisations has a loop of its own; mixed ones only in double."""
     cdef int p = row.spread_p, q = row.spread_q
     if p == Spread.SCALE and q == Spread.SCALE:
-        normal_groups(x, step, n, groups, more, first, Spread.SCALE, Spread.SCALE,
+        normal_groups(x, step, n, groups, more, rows, Spread.SCALE, Spread.SCALE,
                       terms, bounds, into)
     elif p == Spread.VARIANCE and q == Spread.VARIANCE:
-        normal_groups(x, step, n, groups, more, first, Spread.VARIANCE, Spread.VARIANCE,
+        normal_groups(x, step, n, groups, more, rows, Spread.VARIANCE, Spread.VARIANCE,
                       terms, bounds, into)
     elif p == Spread.LOG_VARIANCE and q == Spread.LOG_VARIANCE:
-        normal_groups(x, step, n, groups, more, first, Spread.LOG_VARIANCE, Spread.LOG_VARIANCE,
+        normal_groups(x, step, n, groups, more, rows, Spread.LOG_VARIANCE, Spread.LOG_VARIANCE,
                       terms, bounds, into)
     elif real is double:
         if p == Spread.SCALE and q == Spread.VARIANCE:
-            normal_groups(x, step, n, groups, more, first, Spread.SCALE, Spread.VARIANCE,
+            normal_groups(x, step, n, groups, more, rows, Spread.SCALE, Spread.VARIANCE,
                           terms, bounds, into)
         elif p == Spread.SCALE:
-            normal_groups(x, step, n, groups, more, first, Spread.SCALE, Spread.LOG_VARIANCE,
+            normal_groups(x, step, n, groups, more, rows, Spread.SCALE, Spread.LOG_VARIANCE,
                           terms, bounds, into)
         elif p == Spread.VARIANCE and q == Spread.SCALE:
-            normal_groups(x, step, n, groups, more, first, Spread.VARIANCE, Spread.SCALE,
+            normal_groups(x, step, n, groups, more, rows, Spread.VARIANCE, Spread.SCALE,
                           terms, bounds, into)
         elif p == Spread.VARIANCE:
-            normal_groups(x, step, n, groups, more, first, Spread.VARIANCE, Spread.LOG_VARIANCE,
+            normal_groups(x, step, n, groups, more, rows, Spread.VARIANCE, Spread.LOG_VARIANCE,
                           terms, bounds, into)
         elif q == Spread.SCALE:
-            normal_groups(x, step, n, groups, more, first, Spread.LOG_VARIANCE, Spread.SCALE,
+            normal_groups(x, step, n, groups, more, rows, Spread.LOG_VARIANCE, Spread.SCALE,
                           terms, bounds, into)
         else:
-            normal_groups(x, step, n, groups, more, first, Spread.LOG_VARIANCE, Spread.VARIANCE,
+            normal_groups(x, step, n, groups, more, rows, Spread.LOG_VARIANCE, Spread.VARIANCE,
                           terms, bounds, into)
 
 
-cdef void normal_block(const real **x, int n, const Row *row, Sums *into) noexcept nogil:
-    """The sum of n elements, twice, LANES or more once padded; the last lanes overlap what was
-    added before and do not count."""
-    cdef LaneParts lanes
+cdef void normal_rows(const real **x, const npy_intp *outer, int n, int begin, int end,
+                      const double *conditions, const Row *row, LaneParts *into) noexcept nogil:
+    """The sums of n elements, twice, LANES or more once padded, of the rows begin..end-1 with a
+    negative condition, which lie `outer` bytes apart; the last lanes overlap what was added before
+    and do not count."""
     cdef real bounds[BOUNDS]
-    cdef npy_intp step[4]
-    cdef int operand
-    clear_lanes(&lanes.sums)
-    fill(lanes.doubtful, 0.0)
-    begin_bounds(bounds)
+    cdef double doubtful[LANES]
+    cdef Beside rows
+    cdef int operand, each
+    rows.begin, rows.end, rows.conditions = begin, end, conditions
+    rows.sums, rows.last = into.sums.divergence, n - LANES
+    rows.first = (LANES - n % LANES) % LANES
     for operand in range(4):
-        step[operand] = LANES
-    normal_loop(x, step, n // LANES, 1, 0, (LANES - n % LANES) % LANES, row, NULL, bounds, &lanes)
-    into.divergence = across(lanes.sums.divergence)
-    doubt_lanes(bounds, row, lanes.doubtful)
-    into.doubtful = largest(lanes.doubtful) > 0
+        rows.outer[operand] = outer[operand]
+    begin_bounds(bounds)
+    normal_loop(x, NULL, n // LANES, 0, 0, &rows, row, <real *> NULL, bounds, into)
+    fill(doubtful, <double> 0)
+    doubt_lanes(bounds, row, doubtful)
+    if largest(doubtful) == 0 or end == begin + 1:
+        for each in range(begin, end):
+            into.doubtful[each] = largest(doubtful)
+        return
+    for each in range(begin, end):
+        normal_rows(x, outer, n, each, each + 1, conditions, row, into)
 
 
 cdef void normal_columns(const real **x, const npy_intp *step, int n, int groups, int together,
@@ -349,8 +399,8 @@ cdef void normal_columns(const real **x, const npy_intp *step, int n, int groups
     while start < n:
         for operand in range(4):
             at[operand] = x[operand] + start * step[operand]
-        normal_loop(at, step, min(together, n - start), groups, together if together < n else 0, 0,
-                    row, NULL, bounds, into)
+        normal_loop(at, step, min(together, n - start), groups, together if together < n else 0,
+                    NULL, row, <real *> NULL, bounds, into)
         start += together
     for group in range(groups):
         doubt_lanes(bounds + group * BOUNDS, row, into[group].doubtful)
@@ -382,19 +432,22 @@ cdef bint normal_gapless(const real **x, int n, int groups, const Row *row, Ahea
     cdef real turned[STRIP * LANES]
     cdef real bounds[BOUNDS]
     cdef double doubtful[LANES]
+    cdef double wanted = -1
     cdef const real *at[4]
-    cdef npy_intp step[4]
+    cdef Beside rows
     cdef int operand, group, count, start = 0
     begin_bounds(bounds)
     fill(doubtful, 0.0)
+    rows.begin, rows.end, rows.first, rows.last = 0, 1, 0, 0
+    rows.conditions, rows.sums = &wanted, NULL
     for operand in range(4):
-        step[operand] = LANES
+        rows.outer[operand] = 0
     while start < groups * n:
         count = min(ASKED, groups * n - start)
         ask_for(ahead, 0, 4, count, <real> 0)
         for operand in range(4):
             at[operand] = x[operand] + start * LANES
-        normal_loop(at, step, count, 1, 0, 0, row, terms + start * LANES, bounds, into)
+        normal_loop(at, NULL, count, 0, 0, &rows, row, terms + start * LANES, bounds, into)
         start += count
     doubt_lanes(bounds, row, doubtful)
     if largest(doubtful) > 0:

@@ -4,8 +4,8 @@ rows one by one; what is left over is computed again, each row by itself."""
 from numpy cimport npy_intp
 from gufunc cimport Batch, Kernel, Plan, Watch, thread_limit
 from sums cimport (
-    LANES, MAX_GROUPS, MAX_OPERANDS, SHORT_ROW, STRIP, Family, Format, LaneParts, Row, Sums,
-    clear_lanes, fill,
+    LANES, MAX_GROUPS, MAX_OPERANDS, SHORT_ROW, SHORTER_ROW, STRIP, Family, Format, LaneParts, Row,
+    Sums, clear_lanes, fill,
 )
 from vecmath cimport real
 
@@ -54,7 +54,8 @@ cdef inline bint is_short(const Batch *batch) noexcept nogil:
 cdef bint across_rows(const Batch *batch, const Kernel *kernel) noexcept nogil:
     """Whether to compute LANES rows side by side."""
     cdef npy_intp size = item_size(kernel.options[0])
-    return is_short(batch) or (
+    cdef npy_intp limit = SHORT_ROW if kernel.family == Family.CATEGORICAL else SHORTER_ROW
+    return 0 < batch.core[0] < limit or (
         batch.n >= LANES and batch.outer[0] == size and batch.inner[0] != size)
 
 
@@ -150,12 +151,54 @@ cdef inline void keep_sums(const Sums *sums, int lane, LaneParts *into) noexcept
     into.doubtful[lane] = sums.doubtful
 
 
+cdef void sum_copies(const Row *row, const Batch *batch, int used, const double *conditions,
+                     LaneParts *parts, real of_type) noexcept nogil:
+    """The sums of neighbouring rows of LANES to BLOCK elements, as many at a time as a buffer
+    holds."""
+    cdef real buffer[MAX_OPERANDS * BLOCK]
+    cdef const real *x[MAX_OPERANDS]
+    cdef npy_intp outer[MAX_OPERANDS]
+    cdef int n = <int> row.length, operand, lane, begin = 0, end
+    cdef real *into
+    while begin < used:
+        end = min(begin + BLOCK // n, used)
+        for operand in range(row.n_operands):
+            into = buffer + operand * BLOCK
+            x[operand], outer[operand] = into - begin * n, n * sizeof(real)
+            for lane in range(begin, end):
+                convert(row.format, row.data[operand] + lane * batch.outer[operand],
+                        row.step[operand], n, into)
+                into += n
+        rows_of_block(row, x, outer, n, begin, end, conditions, parts)
+        begin = end
+
+
+cdef inline bint sum_together(const Row *row, const Batch *batch, int used,
+                              const double *conditions, LaneParts *parts,
+                              real of_type) noexcept nogil:
+    """The sums of neighbouring rows, each of which is one block; False if they are not."""
+    cdef const real *x[MAX_OPERANDS]
+    cdef int n = block_length(0, row.length, most_together(True, of_type))
+    if row.family == Family.CATEGORICAL or n != row.length:
+        return False
+    if find_block(row, 0, n, x):
+        rows_of_block(row, x, batch.outer, n, 0, used, conditions, parts)
+        return True
+    if not LANES <= n <= BLOCK:
+        return False
+    sum_copies(row, batch, used, conditions, parts, of_type)
+    return True
+
+
 cdef void sum_each(Row *row, const Batch *batch, npy_intp first, int used,
                    const double *conditions, Watch *watch, LaneParts *parts,
                    real of_type) noexcept nogil:
     """The sums of neighbouring rows, of those with a negative condition."""
     cdef Sums sums
     cdef int lane
+    point_at(row, batch, first)
+    if sum_together(row, batch, used, conditions, parts, of_type):
+        return
     for lane in range(used):
         if conditions[lane] < 0:
             point_at(row, batch, first + lane)

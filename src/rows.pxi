@@ -13,8 +13,9 @@ then in double, then by the family's `hard_value`.
 from numpy cimport npy_intp
 from gufunc cimport INVALID, Watch, look_for_signals, parallel_for
 from sums cimport (
-    BLOCK, LANES, LONG_BLOCK, MAX_OPERANDS, Family, Format, Row, Sums, Trait, add, clear,
-    conditioning, divergence_of, even_divergence_of, even_margin, round_off, two_sum,
+    BLOCK, LANES, LONG_BLOCK, MAX_OPERANDS, Family, Format, LaneParts, Row, Sums, Trait, add, clear,
+    clear_lanes, conditioning, divergence_of, even_divergence_of, even_margin, round_off, take_row,
+    two_sum,
 )
 from vecmath cimport (
     INFINITY, NAN, floats_from_bfloat16, floats_from_float16, from_bfloat16, from_float16, larger,
@@ -176,16 +177,39 @@ cdef inline int block_length(npy_intp start, npy_intp stop, int most=BLOCK) noex
     return most if stop - start >= most + LANES else <int> (stop - start)
 
 
+cdef inline void rows_of_block(const Row *row, const real **x, const npy_intp *outer, int n,
+                               int begin, int end, const double *conditions,
+                               LaneParts *into) noexcept nogil:
+    """The sums of the rows begin..end-1 with a negative condition, each one block, `outer` bytes
+    apart."""
+    if row.family == Family.NORMAL:
+        normal_rows(x, outer, n, begin, end, conditions, row, into)
+    else:
+        discrete_rows(x, outer, n, begin, end, conditions, row.normalize, into)
+
+
+cdef inline void begin_row(LaneParts *parts, double ratio, npy_intp *outer) noexcept nogil:
+    cdef int operand
+    clear_lanes(&parts.sums)
+    begin_parts(parts)
+    parts.ratio[0], parts.scaled = ratio, ratio != 1
+    for operand in range(MAX_OPERANDS):
+        outer[operand] = 0
+
+
 cdef inline void sum_block(const Row *row, const real **x, int n, double ratio, bint *far,
                            Sums *sums) noexcept nogil:
     """`far`: as categorical_block; False for the first."""
+    cdef npy_intp outer[MAX_OPERANDS]
+    cdef double wanted = -1
+    cdef LaneParts parts
     clear(sums)
-    if row.family == Family.NORMAL:
-        normal_block(x, n, row, sums)
-    elif row.family == Family.DISCRETE:
-        discrete_block(x, n, row.normalize, ratio, sums)
-    else:
+    if row.family == Family.CATEGORICAL:
         categorical_block(x, n, row.inverse_temperature, far, sums)
+        return
+    begin_row(&parts, ratio, outer)
+    rows_of_block(row, x, outer, n, 0, 1, &wanted, &parts)
+    take_row(&parts, 0, sums)
 
 
 cdef void sum_blocks(const Row *row, npy_intp start, npy_intp stop, int most, double ratio,

@@ -22,11 +22,23 @@ cdef extern from "lanes.h":
         LANES          # rows or elements that are computed side by side
         STEP_BYTES     # of an operand that two loops take one after the other
 
+cdef extern from "across.h" nogil:
+    double across(const double *lanes)
+    void row_sums_f32(const float *lanes, double *sums)
+    void row_sums_f64(const double *lanes, double *sums)
+
+cdef extern from "transpose.h" nogil:
+    void transpose_f32(const float *x, npy_intp outer, npy_intp n, npy_intp rows, float *into,
+                       npy_intp width)
+    void transpose_f64(const double *x, npy_intp outer, npy_intp n, npy_intp rows, double *into,
+                       npy_intp width)
+
 cdef enum:
     BLOCK = 1024       # elements of one row that are loaded together
     LONG_BLOCK = 4 * BLOCK   # doubles that are summed where they lie; of floats twice as many
     HALF = LANES / 2
     QUARTER = LANES / 4
+    EIGHTH = LANES / 8
     STRIP = 112 + 2 * LANES  # elements of each of LANES rows that are summed together
     RUN = 8            # terms a lane sums in float before double takes over
     LONG_RUN = 32      # terms a lane sums in double before other sums take over
@@ -48,6 +60,11 @@ ctypedef struct LaneSums:       # of LANES rows, or of every LANESth element of 
     double drift[LANES]
     double direct[LANES]        # sum of p log(p/q), where it is wanted as it stands
     double rest[LANES]          # what the rounding of the drift left out, where it counts
+
+ctypedef struct RowLanes:       # of LANES rows, one after the other, in their own type: lanes of
+    Aligned begin
+    double sums[3 * LANES * LANES]  # three sums
+    double lowest[LANES * LANES]
 
 ctypedef struct Sums:
     double weight
@@ -136,17 +153,27 @@ cdef inline void round_off(Sums *sums) noexcept nogil:
         sums.rest[i] = 0
 
 
-cdef inline double across(const real *lanes) noexcept nogil:
-    """The sum of all lanes, in a tree that vectors can follow."""
-    cdef real part[HALF]
-    cdef int i
-    for i in range(HALF):
-        part[i] = lanes[i] + lanes[i + HALF]
-    for i in range(QUARTER):
-        part[i] += part[i + QUARTER]
-    for i in range(1, QUARTER):
-        part[0] += part[i]
-    return part[0]
+cdef inline void transpose(const real *x, npy_intp outer, int n, int rows, real *into,
+                           int width) noexcept nogil:
+    """into[i * width + row] = element i of a row."""
+    if real is float:
+        transpose_f32(x, outer, n, rows, into, width)
+    else:
+        transpose_f64(x, outer, n, rows, into, width)
+
+
+cdef inline void row_sums(const real *lanes, int begin, int end, double *sums) noexcept nogil:
+    """The sums of LANES rows of lanes, of which begin..end-1 are wanted: side by side, as within a
+    row each addition waits for the one before, and processors are hardly further ahead than the
+    next row."""
+    cdef double found[LANES]
+    cdef int row
+    if real is float:
+        row_sums_f32(lanes, found)
+    else:
+        row_sums_f64(lanes, found)
+    for row in range(begin, end):
+        sums[row] = found[row]
 
 
 cdef inline double least(const real *lanes) noexcept nogil:
@@ -157,9 +184,9 @@ cdef inline double least(const real *lanes) noexcept nogil:
         part[i] = smaller(lanes[i], lanes[i + HALF])
     for i in range(QUARTER):
         part[i] = smaller(part[i], part[i + QUARTER])
-    for i in range(1, QUARTER):
-        part[0] = smaller(part[0], part[i])
-    return part[0]
+    for i in range(EIGHTH):
+        part[i] = smaller(part[i], part[i + EIGHTH])
+    return smaller(part[0], part[1]) if EIGHTH > 1 else part[0]
 
 
 cdef inline double largest(const real *lanes) noexcept nogil:
@@ -170,19 +197,37 @@ cdef inline double largest(const real *lanes) noexcept nogil:
     return -least(negative)
 
 
-cdef inline void take_lanes(const LaneSums *lanes, Sums *into) noexcept nogil:
-    """The sums of one row's lanes, which are all there is."""
-    into.weight, into.divergence = across(lanes.weight), across(lanes.divergence)
-    into.drift = across(lanes.drift)
+cdef inline void take_lanes(const LaneSums *lanes, int row, LaneParts *into) noexcept nogil:
+    """The sums of one row's lanes."""
+    into.sums.weight[row] = across(lanes.weight)
+    into.sums.divergence[row] = across(lanes.divergence)
+    into.sums.drift[row] = across(lanes.drift)
 
 
-cdef inline void take_lanes_exactly(const LaneSums *lanes, Sums *into) noexcept nogil:
-    """As take_lanes, for sums as they stand."""
+cdef inline void take_lanes_exactly(const LaneSums *lanes, int row,
+                                    LaneParts *into) noexcept nogil:
+    """The sums of one row's lanes as they stand."""
+    cdef double drift = across(lanes.rest), rest = 0
     cdef int lane
-    add(into, across(lanes.weight), across(lanes.divergence), across(lanes.rest),
-        across(lanes.direct))
     for lane in range(LANES):
-        add(into, 0, 0, lanes.drift[lane], 0)
+        drift = two_sum(drift, lanes.drift[lane], &rest)
+    into.sums.weight[row], into.sums.divergence[row] = (
+        across(lanes.weight), across(lanes.divergence))
+    into.sums.drift[row], into.sums.rest[row] = drift, rest
+    into.sums.direct[row] = across(lanes.direct)
+
+
+cdef inline void take_row(const LaneParts *parts, int row, Sums *into) noexcept nogil:
+    """The sums of one of LANES rows."""
+    into.weight, into.divergence = parts.sums.weight[row], parts.sums.divergence[row]
+    into.drift, into.rest[2] = parts.sums.drift[row], parts.sums.rest[row]
+    into.direct = parts.sums.direct[row]
+    into.shift, into.peak = parts.shift[row], parts.peak[row]
+    into.doubtful = parts.doubtful[row] > 0
+
+
+cdef inline const real *row_of(const real *x, npy_intp outer, int row) noexcept nogil:
+    return <const real *> (<const char *> x + row * outer)
 
 
 cdef inline int steps_together(real of_type) noexcept nogil:
@@ -222,12 +267,14 @@ cdef inline void fill(real *lanes, real value) noexcept nogil:
 
 
 cdef inline void keep_from(int first, real *run) noexcept nogil:
-    """Lanes before `first` do not count. Compared as numbers of their type: of integers GCC makes a
-    loop over the first ones, whose narrow stores the next wide load waits for."""
+    """Lanes before `first` do not count. By way of a copy, and compared as numbers of their type:
+    else GCC makes a loop over the first ones, whose narrow stores the next wide load waits for."""
     cdef int lane
     cdef real limit = <real> first
-    for lane in range(LANES if first else 0):
-        run[lane] = run[lane] if <real> lane >= limit else <real> 0
+    cdef real kept[LANES]
+    for lane in range(LANES):
+        kept[lane] = run[lane] if <real> lane >= limit else <real> 0
+    copy(kept, run)
 
 
 cdef inline double divergence_of(double weight, double divergence, double drift) noexcept nogil:
@@ -291,9 +338,10 @@ cdef enum Format:
     BFLOAT16
 
 cdef enum:
-    # Below, at most STRIP: side by side, in a third to two thirds of the time. A third more saves
-    # less, and a row that is alone takes the time of LANES.
+    # Below, side by side: what is done once for a row takes half its time or more. Logits and
+    # gradients, for which more is done, longer, at most STRIP.
     SHORT_ROW = 48 + 6 * LANES
+    SHORTER_ROW = 16 + 3 * LANES
 
 ctypedef struct Row:
     int family

@@ -130,13 +130,13 @@ def test_layouts(entry, dtype, size):
     ]
     for _, *got in cases:
         for x, y in zip(got, want, strict=True):
-            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
     _, *got = cases[1]
     assert all(x is out for x, out in zip(got, outs, strict=True))
     _, *got = call(entry, {name: x.T for name, x in arrays.items()}, axis=0)
     for x, y in zip(got, want, strict=True):
         assert x.shape == (size, 4)
-        np.testing.assert_allclose(x.T, y, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(x.T, y, rtol=1e-5, atol=1e-6)
 
 
 def test_many_batch_axes():
