@@ -216,51 +216,58 @@ cdef inline void normal_run(const real **at, const npy_intp *step, int n, int st
     """The sums of n terms, twice, of each lane, or these terms, unless `terms` is NULL. And add, if
     `first` is not 0, those of the lanes first..LANES-1 of one vector more."""
     cdef real run[LANES]
+    cdef real more[LANES]
     cdef real bounds[BOUNDS]
     copy_bounds(bounds_so_far, bounds)
     fill(run, <real> 0)
-    if first:
-        take_run(False, last, step, 1, 1, spread_p, spread_q, terms, run, bounds)
-        keep_from(first, run)
     if terms != NULL:
         take_run(True, at, step, n, steps, spread_p, spread_q, terms, run, bounds)
     else:
         take_run(False, at, step, n, steps, spread_p, spread_q, terms, run, bounds)
+    if first:
+        fill(more, <real> 0)
+        take_run(False, last, step, 1, 1, spread_p, spread_q, terms, more, bounds)
+        keep_from(first, more)
+        fold(more, run)
     copy_bounds(bounds, bounds_so_far)
     copy(run, sums)
 
 
-cdef inline void add_run(const real **at, const npy_intp *step, int n, int steps,
-                         const real **last, int first, int spread_p, int spread_q, real *terms,
-                         real *bounds, LaneSums *into) noexcept nogil:
-    """Add such a run."""
+cdef inline void add_normal_run(const real **at, const npy_intp *step, int n, int steps, int first,
+                                int spread_p, int spread_q, real *terms, real *bounds,
+                                LaneSums *into) noexcept nogil:
+    """Add such a run; or, if `first` is not 0, the lanes first..LANES-1 of a vector."""
     cdef real run[LANES]
-    normal_run(at, step, n, steps, last, first, spread_p, spread_q, terms, bounds, run)
+    normal_run(at, step, 0 if first else n, steps, at, first, spread_p, spread_q, terms, bounds,
+               run)
     fold(run, into.divergence)
 
 
-cdef inline void normal_runs(const real **x, const npy_intp *step, int n, int first, int spread_p,
-                             int spread_q, real *terms, real *bounds,
-                             LaneSums *into) noexcept nogil:
+cdef inline void add_normal_runs(const real **x, const npy_intp *step, int n, int first,
+                                 int spread_p, int spread_q, real *terms, real *bounds,
+                                 LaneSums *into) noexcept nogil:
     """Take n terms, twice, of each lane, and of the lanes from `first` on, if it is not 0, one
     more, from a vector that overlaps the last."""
     cdef const real *at[4]
-    cdef const real *last[4]
     cdef int operand, length, full = full_run(1, <real> 0)
     for operand in range(4):
-        at[operand], last[operand] = x[operand], x[operand] + n * step[operand] - first
-    while n > 0 or first:
+        at[operand] = x[operand]
+    while n > 0:
         length = run_length(n, 1, <real> 0)
         if length == full:  # a constant for the loops
-            add_run(at, step, full, steps_together(<real> 0), last, first, spread_p, spread_q,
-                    terms, bounds, into)
+            add_normal_run(at, step, full, steps_together(<real> 0), 0, spread_p, spread_q, terms,
+                           bounds, into)
         else:
-            add_run(at, step, length, steps_together(<real> 0), last, first, spread_p, spread_q,
-                    terms, bounds, into)
+            add_normal_run(at, step, length, steps_together(<real> 0), 0, spread_p, spread_q,
+                           terms, bounds, into)
         for operand in range(4):
             at[operand] += length * step[operand]
         terms = terms + length * LANES if terms != NULL else NULL
-        n, first = n - length, 0
+        n -= length
+    if first:
+        for operand in range(4):
+            at[operand] -= first
+        add_normal_run(at, step, 1, 1, first, spread_p, spread_q, <real *> NULL, bounds, into)
 
 
 ctypedef struct Beside:       # rows whose elements lie side by side
@@ -294,7 +301,7 @@ cdef inline void rows_beside(const real **x, const Beside *rows, int n, bint one
                        terms, bounds, <real *> runs.sums + row * LANES)
             continue
         fill(lanes.divergence, <double> 0)
-        normal_runs(at, step, n, rows.first, spread_p, spread_q, terms, bounds, &lanes)
+        add_normal_runs(at, step, n, rows.first, spread_p, spread_q, terms, bounds, &lanes)
         if rows.sums != NULL:
             rows.sums[row] = across(lanes.divergence)
     if one_run:
@@ -317,11 +324,11 @@ cdef inline void normal_groups(const real **x, const npy_intp *step, int n, int 
             at[operand] = x[operand] + group * LANES
             prefetch_columns(at[operand], step[operand], n, more)
         if more:
-            add_run(at, step, n, 1, at, 0, spread_p, spread_q, <real *> NULL,
-                    bounds + group * BOUNDS, &into[group].sums)
+            add_normal_run(at, step, n, 1, 0, spread_p, spread_q, <real *> NULL,
+                           bounds + group * BOUNDS, &into[group].sums)
         else:
-            normal_runs(at, step, n, 0, spread_p, spread_q, <real *> NULL,
-                        bounds + group * BOUNDS, &into[group].sums)
+            add_normal_runs(at, step, n, 0, spread_p, spread_q, <real *> NULL,
+                            bounds + group * BOUNDS, &into[group].sums)
 
 
 cdef void normal_loop(const real **x, const npy_intp *step, int n, int groups, int more,
