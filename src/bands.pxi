@@ -376,7 +376,7 @@ cdef void sum_band(Band *band, real *buffer, const real **x, npy_intp *step,
             take_whole(&band.whole[group], &band.parts[group])
 
 
-cdef bint sum_gapless(Band *band, Ahead *ahead, real of_type) noexcept nogil:
+cdef bint sum_gapless(Band *band, real of_type) noexcept nogil:
     """The same from where the rows lie; False where it cannot be had."""
     cdef const Row *row = &band.rows.first
     cdef const real *x[MAX_OPERANDS]
@@ -385,7 +385,7 @@ cdef bint sum_gapless(Band *band, Ahead *ahead, real of_type) noexcept nogil:
         return False
     for operand in range(MAX_OPERANDS):
         x[operand] = <const real *> row.data[operand]
-    return normal_gapless(x, <int> row.length, band.rows.groups, row, ahead, band.parts)
+    return normal_gapless(x, <int> row.length, band.rows.groups, row, band.parts)
 
 
 cdef inline void finish_lanes_of(const Row *row, const LaneParts *parts, int groups,
@@ -588,7 +588,7 @@ cdef void band_values(Band *band, double *values, double *conditions, real of_ty
     begin_band(band)
     if shifted:
         begin_shifts(band, of_type)
-    if not sum_gapless(band, ahead, of_type):
+    if not sum_gapless(band, of_type):
         sum_band(band, <real *> buffer, x, step, ahead)
     finish_lanes(row, band.parts, band.rows.groups, values, conditions)
     if shifted or can_refine(row):

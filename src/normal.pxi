@@ -12,15 +12,15 @@ parts; float32 is then computed in double.
 """
 
 from gufunc cimport Watch, is_unwanted
-from libc.math cimport exp as libm_exp, expm1 as libm_expm1, fabs, log
+from libc.math cimport exp as libm_exp, expm1 as libm_expm1, fabs, frexp, ldexp, log
 from numpy cimport npy_intp
 from sums cimport (
-    LANES, MAX_GROUPS, MOST_STEPS, STRIP, Ahead, LaneParts, LaneSums, Row, RowLanes, Sums, Trait,
+    LANES, MAX_GROUPS, MOST_STEPS, STRIP, Ahead, LaneParts, LaneSums, Row, RowLanes, Trait,
     across, clear_lanes, copy, element, fill, fold, full_run, keep_from, largest, row_of, row_sums,
     run_length, steps_together, transpose, two_sum,
 )
 from vecmath cimport (
-    INFINITY, NAN, atanh_tail, exp, exp_pair_f64, expm1, larger, magnitude, match_exponent, phi,
+    INFINITY, LN2, LN2_HIGH, LN2_LOW, NAN, atanh_tail, exp, exp_pair_f64, expm1, larger, magnitude, match_exponent, phi,
     ratio_units, real, residual_product, smaller, times_power, unit_ln2,
 )
 
@@ -31,11 +31,12 @@ cdef enum Spread:
 
 cdef inline real variance_of(real x, int spread, real *rest) noexcept nogil:
     """The variance that x stands for, and what its rounding left out."""
-    cdef real variance = x
+    cdef real variance = x, size
     rest[0] = 0
     if spread == Spread.SCALE:
-        variance = x * x
-        rest[0] = -residual_product(x, x, variance)
+        size = magnitude(x)  # negative ones stay
+        variance = x * size
+        rest[0] = -residual_product(x, size, variance)
     elif spread == Spread.LOG_VARIANCE:
         if real is double:
             variance = exp_pair_f64(x, rest)
@@ -99,7 +100,7 @@ cdef inline void log_variance_run(bint keep, const real **at, const npy_intp *st
                                   real *terms, real *run, real *bounds) noexcept nogil:
     """Take n terms, twice, of each lane."""
     cdef int lane, i
-    cdef real x, s_q, mean, size
+    cdef real x, rest, s_q, mean, size
     cdef real term[LANES]
     cdef const real *loc_p = at[0]
     cdef const real *spread_of_p = at[1]
@@ -110,10 +111,10 @@ cdef inline void log_variance_run(bint keep, const real **at, const npy_intp *st
         for lane in range(LANES):
             mean = loc_p[i * step_0 + lane] - loc_q[i * step_2 + lane]
             s_q = spread_of_q[i * step_3 + lane]
-            x = spread_of_p[i * step_1 + lane] - s_q
+            x = difference(spread_of_p[i * step_1 + lane], s_q, &rest)
             size = larger(magnitude(x), magnitude(s_q))
             bounds[FARTHEST + lane] = larger(size, bounds[FARTHEST + lane])
-            term[lane] = phi(x, <real> 0) + mean * mean * exp(-s_q, <real> 0)
+            term[lane] = phi(x, rest) + mean * mean * exp(-s_q, <real> 0)
         take_terms(keep, term, terms + i * LANES, run)
 
 
@@ -143,7 +144,7 @@ cdef inline void normal_factors(const real **at, const npy_intp *step, int n, in
             bounds[GREATEST + lane] = larger(larger(v_p, v_q), bounds[GREATEST + lane])
             z, units = match_exponent(v_p, v_q), ratio_units(v_p, v_q)
             bounds[FARTHEST + lane] = larger(magnitude(units), bounds[FARTHEST + lane])
-            mean += v_q * 0  # NaN stays: in z it is lost
+            mean += v_q - v_q  # NaN stays: in z it is lost. GCC takes v_q * 0 for 0
             power = times_power(one, v_p, v_q)
             d = v_p - z
             if spread_p != spread_q:
@@ -427,11 +428,7 @@ cdef void add_columns(const real *terms, int width, int n, double *sums) noexcep
         terms, n = terms + length * width, n - length
 
 
-cdef enum:
-    ASKED = 8    # columns at a time for which as much is asked for
-
-
-cdef bint normal_gapless(const real **x, int n, int groups, const Row *row, Ahead *ahead,
+cdef bint normal_gapless(const real **x, int n, int groups, const Row *row,
                          LaneParts *into) noexcept nogil:
     """As normal_columns, for groups of LANES short rows, one after the other in memory, at most
     STRIP * LANES elements: only the terms need to be transposed. False where one is in doubt."""
@@ -440,22 +437,15 @@ cdef bint normal_gapless(const real **x, int n, int groups, const Row *row, Ahea
     cdef real bounds[BOUNDS]
     cdef double doubtful[LANES]
     cdef double wanted = -1
-    cdef const real *at[4]
     cdef Beside rows
-    cdef int operand, group, count, start = 0
+    cdef int operand, group
     begin_bounds(bounds)
     fill(doubtful, 0.0)
     rows.begin, rows.end, rows.first, rows.last = 0, 1, 0, 0
     rows.conditions, rows.sums = &wanted, NULL
     for operand in range(4):
         rows.outer[operand] = 0
-    while start < groups * n:
-        count = min(ASKED, groups * n - start)
-        ask_for(ahead, 0, 4, count, <real> 0)
-        for operand in range(4):
-            at[operand] = x[operand] + start * LANES
-        normal_loop(at, NULL, count, 0, 0, &rows, row, terms + start * LANES, bounds, into)
-        start += count
+    normal_loop(x, NULL, groups * n, 0, 0, &rows, row, terms, bounds, into)
     doubt_lanes(bounds, row, doubtful)
     if largest(doubtful) > 0:
         return False
@@ -504,20 +494,41 @@ cdef int normal_traits(const double **x, int n, const Row *row) noexcept nogil:
     return traits | (Trait.HAS_BAD if bad else 0) | (Trait.HAS_INFINITE if infinite else 0)
 
 
+cdef inline double variance_parts(double x, int spread, int *exponent) noexcept nogil:
+    """The variance that x stands for, without 2^exponent, near 1. 2 ulp."""
+    cdef double part, rest
+    if spread == Spread.LOG_VARIANCE:
+        x = larger(-1e6, smaller(x, 1e6))
+        exponent[0] = <int> (x / LN2)
+        part = difference(x - exponent[0] * LN2_HIGH, exponent[0] * LN2_LOW, &rest)
+        return exp(part, rest)
+    part = frexp(x, exponent)
+    if spread == Spread.SCALE:
+        exponent[0] *= 2
+        part *= part
+    return part
+
+
 cdef inline double normal_hard_value(const Row *row, Watch *watch) noexcept nogil:
-    """Variances that the fast formulas have no range for."""
-    cdef double s_p, s_q, x, scaled, result = 0, rest = 0
+    """Variances that the fast formulas have no range for: quotients of parts near 1, as the
+    exponential of a large logarithm multiplies its error."""
+    cdef double s_p, s_q, v_p, v_q, x, mean, term, result = 0, rest = 0
+    cdef int up_p, up_q, up
     cdef npy_intp i
     for i in range(row.length):
         if is_unwanted(watch, i):
             return NAN
         s_p, s_q = element(row, 1, i), element(row, 3, i)
+        v_p = variance_parts(s_p, row.spread_p, &up_p)
+        v_q = variance_parts(s_q, row.spread_q, &up_q)
         x = log_variance_ratio(s_p, s_q, row)
-        scaled = element(row, 0, i) - element(row, 2, i)
-        if scaled != 0:
-            scaled = libm_exp(2 * log(fabs(scaled)) - log_variance(s_q, row.spread_q))
-        x = phi(x, 0.0) if fabs(x) < 1 else libm_expm1(x) - x
-        result = two_sum(result, 0.5 * (x + scaled), &rest)
+        if fabs(x) < 1:
+            term = 0.5 * phi(x, 0.0)
+        else:
+            term = ldexp(v_p / v_q, up_p - up_q - 1) - 0.5 * (1 + x)
+        mean = frexp(element(row, 0, i) - element(row, 2, i), &up)
+        term += ldexp(mean * mean / v_q, 2 * up - up_q - 1)
+        result = two_sum(result, term, &rest)
     return result + rest if result < INFINITY else result
 
 

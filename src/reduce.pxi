@@ -54,8 +54,8 @@ cdef inline bint is_short(const Batch *batch) noexcept nogil:
 cdef bint across_rows(const Batch *batch, const Kernel *kernel) noexcept nogil:
     """Whether to compute LANES rows side by side."""
     cdef npy_intp size = item_size(kernel.options[0])
-    cdef npy_intp limit = SHORT_ROW if kernel.family == Family.CATEGORICAL else SHORTER_ROW
-    return 0 < batch.core[0] < limit or (
+    cdef bint ready = batch.inner[0] == size and kernel.family != Family.CATEGORICAL
+    return 0 < batch.core[0] < (SHORTER_ROW if ready else SHORT_ROW) or (
         batch.n >= LANES and batch.outer[0] == size and batch.inner[0] != size)
 
 
@@ -155,7 +155,7 @@ cdef void sum_copies(const Row *row, const Batch *batch, int used, const double 
                      LaneParts *parts, real of_type) noexcept nogil:
     """The sums of neighbouring rows of LANES to BLOCK elements, as many at a time as a buffer
     holds."""
-    cdef real buffer[MAX_OPERANDS * BLOCK]
+    cdef real buffer[MAX_OPERANDS * (BLOCK + LANES)]
     cdef const real *x[MAX_OPERANDS]
     cdef npy_intp outer[MAX_OPERANDS]
     cdef int n = <int> row.length, operand, lane, begin = 0, end
@@ -163,11 +163,12 @@ cdef void sum_copies(const Row *row, const Batch *batch, int used, const double 
     while begin < used:
         end = min(begin + BLOCK // n, used)
         for operand in range(row.n_operands):
-            into = buffer + operand * BLOCK
+            into = buffer + operand * (BLOCK + LANES)
             x[operand], outer[operand] = into - begin * n, n * sizeof(real)
             for lane in range(begin, end):
-                convert(row.format, row.data[operand] + lane * batch.outer[operand],
-                        row.step[operand], n, into)
+                if conditions[lane] < 0:
+                    convert(row.format, row.data[operand] + lane * batch.outer[operand],
+                            row.step[operand], n, into)
                 into += n
         rows_of_block(row, x, outer, n, begin, end, conditions, parts)
         begin = end
@@ -218,9 +219,12 @@ cdef inline int rows_one_by_one(const Batch *batch, npy_intp first, npy_intp las
     while first < last:
         used = <int> min(<npy_intp> LANES, last - first)
         begin_parts(&parts)
-        fill(conditions, -1.0)
+        for lane in range(LANES):
+            conditions[lane] = -1 if lane < used else 0
         sum_each(&row, batch, first, used, conditions, watch, &parts, of_type)
         finish_lanes(&row, &parts, 1, values, conditions)
+        for lane in range(used, LANES):
+            conditions[lane] = 0
         if can_refine(&row) and not all_good(conditions):
             choose_ratios(&parts, conditions)
             sum_each(&row, batch, first, used, conditions, watch, &parts, of_type)
@@ -244,13 +248,15 @@ cdef inline void set_betas(const Batch *batch, npy_intp first, int used, const K
 
 cdef inline int most_groups(const Batch *batch, const Kernel *kernel, real of_type) noexcept nogil:
     """All columns that are read in place; copied ones, as many as the buffer holds; short rows, as
-    many as the first cache holds easily, beside those that were asked for."""
+    many as the first cache holds easily, beside those that were asked for. Of normals, few: while
+    terms are added up, none comes from memory."""
     if are_read_in_place(batch, kernel, of_type):
         return MAX_GROUPS
     if lie_in_columns(batch, kernel, of_type):
         return most_copied(row_operands(kernel), max(<npy_intp> 1, batch.core[0]), of_type)
     cdef npy_intp length = max(<npy_intp> 1, batch.core[0])
-    return <int> max(<npy_intp> 1, min(<npy_intp> MAX_GROUPS, STRIP // 2 // length))
+    cdef npy_intp most = 20 if kernel.family == Family.NORMAL else STRIP // 2
+    return <int> max(<npy_intp> 1, min(<npy_intp> MAX_GROUPS, most // length))
 
 
 cdef inline int rows_in_bands(const Batch *batch, npy_intp first, npy_intp last,

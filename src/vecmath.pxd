@@ -43,6 +43,8 @@ cdef extern from "vecmath.h" nogil:
     double INFINITY
     double NAN
     double LN2 "0.6931471805599453"
+    double LN2_HIGH "0x1.62e42fep-1"     # products with integers of 24 bits are exact
+    double LN2_LOW "0x1.f473de6af278fp-30"
 
 
 cdef inline real exp(real x, real rest) noexcept nogil:

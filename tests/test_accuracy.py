@@ -317,8 +317,24 @@ def test_normal_around_every_ratio(dtype, spread):
         p = rng.uniform(1, 2, 2001) * 10.0 ** rng.uniform(-9, 9, 2001)
         q = p * np.concatenate([np.linspace(0.25, 4, 1001), np.geomspace(1e-6, 1e6, 1000)])
     p, q, loc = p.astype(dtype)[:, None], q.astype(dtype)[:, None], np.zeros((2001, 1), dtype)
-    arrays = {"loc_p": loc, "loc_q": loc, f"{spread}_p": p, f"{spread}_q": q}
-    IDS[f"normal-{spread}"].check(IDS[f"normal-{spread}"](arrays), arrays)
+    for x, y in ((p, q), (q, p)):
+        arrays = {"loc_p": loc, "loc_q": loc, f"{spread}_p": x, f"{spread}_q": y}
+        IDS[f"normal-{spread}"].check(IDS[f"normal-{spread}"](arrays), arrays)
+
+
+@pytest.mark.parametrize("spread_q", ["scale", "var", "logvar"])
+@pytest.mark.parametrize("spread_p", ["scale", "var", "logvar"])
+def test_normals_of_any_exponent(spread_p, spread_q):
+    """Of which most are out of the fast formulas' range."""
+    rng = np.random.default_rng(5)
+    logs = rng.uniform(-700, 700, (2, 300, 1))
+    logs[1] = np.clip(logs[1], logs[0] - 700, logs[0] + 700)
+    far = {"scale": np.exp(logs / 2), "var": np.exp(logs), "logvar": logs}
+    loc = np.exp(np.clip(rng.uniform(-300, 300, (300, 1)), None, logs[1] / 2 + 340))
+    arrays = {"loc_p": loc, "loc_q": 0 * loc}
+    arrays |= {f"{spread_p}_p": far[spread_p][0], f"{spread_q}_q": far[spread_q][1]}
+    got = klfast.kl_normal(**arrays)
+    assert_close(got, *oracle.kl_normal(**arrays), ROWS["float64"], arrays)
 
 
 @pytest.mark.parametrize("entry", ENTRIES[:1], ids=lambda e: e.id)

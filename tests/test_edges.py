@@ -203,6 +203,28 @@ def test_normal_element(case, spread, dtype, size, position):
 
 @pytest.mark.parametrize(("size", "position"), POSITIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spread_q", ["scale", "var", "logvar"])
+@pytest.mark.parametrize("spread_p", ["scale", "var", "logvar"])
+def test_bad_spread_beside_any(spread_p, spread_q, dtype, size, position):
+    """Of a side of its own kind or of another, near or far; the others keep their values."""
+    rng = np.random.default_rng(0)
+    ordinary = {"loc_p": 0.0, "loc_q": 0.0, f"{spread_p}_p": 1.0, f"{spread_q}_q": 1.5}
+    for bad, other in ((f"{spread_p}_p", f"{spread_q}_q"), (f"{spread_q}_q", f"{spread_p}_p")):
+        for value in (NAN, INF) if bad.startswith("logvar") else (NAN, INF, -2.0):
+            for beside in (0.2, 1, 3, 9.1, 100):
+                arrays = {name: np.full((3, size), x, dtype) for name, x in ordinary.items()}
+                arrays["loc_p"] += rng.normal(size=(3, size)).astype(dtype)
+                arrays[bad][1, position], arrays[other][1, position] = value, beside
+                with np.errstate(invalid="ignore"):
+                    got = klfast.kl_normal(**arrays)
+                assert np.isnan(got).tolist() == [False, True, False], (bad, value, beside, got)
+                if not np.isnan(value):
+                    with np.errstate(invalid="raise"), pytest.raises(FloatingPointError):
+                        klfast.kl_normal(**arrays)
+
+
+@pytest.mark.parametrize(("size", "position"), POSITIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spread", ["scale", "var"])
 def test_infinite_spread_beside_a_huge_one(spread, dtype, size, position):
     """Their exponents are no further apart than those of ordinary spreads."""

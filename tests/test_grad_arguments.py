@@ -117,7 +117,8 @@ def test_wrt_selects_and_orders(entry, dtype):
 @entries
 @pytest.mark.parametrize("size", [3, 40, 1500])
 def test_layouts(entry, dtype, size):
-    """Other axes, strides and outputs of any layout: the same gradients."""
+    """Other axes, strides and outputs of any layout: the same gradients, but for the last bit of
+    the value that each has, which depends on the layout."""
     arrays = entry.inputs(dtype, (4,), size)
     _, *want = call(entry, arrays)
     turned = {name: np.asfortranarray(x).T.copy().T for name, x in arrays.items()}
