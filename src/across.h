@@ -1,6 +1,6 @@
-/* Sums of LANES numbers: of one row, or of LANES rows side by side, one after the other in memory.
- * Compilers take short rows of sums apart: 54 instructions for three of 16 numbers, in place of 24;
- * side by side, 9 a row. */
+/* The sum of LANES numbers (`across`), or of each of LANES rows of as many, one after the other in
+ * memory, side by side (`row_sums`): each in an order of its own, so a sum is always found by one of
+ * them. Compilers do the former one number at a time, in twice as many instructions. */
 #ifndef KLFAST_ACROSS_H
 #define KLFAST_ACROSS_H
 
@@ -64,6 +64,7 @@ static inline __m256d halves_f32(const float *x) {
 
 static inline double across(const double *x) { return sum_of_four(halves_f64(x)); }
 
+/* Neighbours of two rows in turn, of another two: pairs of these. */
 static inline __m256d pairs(__m256d ab, __m256d cd) {
     return _mm256_add_pd(_mm256_permute2f128_pd(ab, cd, 0x20),
                          _mm256_permute2f128_pd(ab, cd, 0x31));

@@ -8,8 +8,8 @@ neighbours, those of a short one not on how it lies either.
 
 from numpy cimport npy_intp
 from sums cimport (
-    COPY_BYTES, LANES, MAX_GROUPS, MAX_OPERANDS, RUN, SHORT_ROW, STRIP, Ahead, Family, LaneParts,
-    LaneSums, Row, clear_lanes, copy, even_margin, fill, least, transpose, two_sum,
+    COPY_BYTES, LANES, MAX_GROUPS, MAX_OPERANDS, RUN, STRIP, Ahead, Family, LaneParts, LaneSums,
+    Row, clear_lanes, copy, even_margin, fill, least, transpose, two_sum,
 )
 from vecmath cimport INFINITY, larger, real, smaller
 
@@ -381,7 +381,7 @@ cdef bint sum_gapless(Band *band, real of_type) noexcept nogil:
     cdef const Row *row = &band.rows.first
     cdef const real *x[MAX_OPERANDS]
     cdef int operand
-    if row.family != Family.NORMAL or not band.rows.gapless or row.length >= SHORT_ROW:
+    if row.family != Family.NORMAL or not band.rows.gapless:
         return False
     for operand in range(MAX_OPERANDS):
         x[operand] = <const real *> row.data[operand]

@@ -111,19 +111,14 @@ cdef inline void add_steps(const real *p, const real *q, npy_intp step_p, npy_in
 
 
 cdef inline void discrete_run(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
-                              int steps, const real *last_p, const real *last_q, int first,
-                              bint scaled, const real *ratios, real *lowest_so_far, Ahead *ahead,
-                              real *weights, real *divergences, real *drifts) noexcept nogil:
-    """The sums of n terms of each lane, and, if `first` is not 0, of those of the lanes
-    first..LANES-1 of one vector more. That one comes last: read before the others, it costs half of
-    the speed from memory."""
+                              int steps, bint scaled, const real *ratios, real *lowest_so_far,
+                              Ahead *ahead, real *weights, real *divergences,
+                              real *drifts) noexcept nogil:
+    """The sums of n terms of each lane."""
     cdef int lane
     cdef real weight[LANES]
     cdef real divergence[LANES]
     cdef real excess[LANES]
-    cdef real last_weight[LANES]
-    cdef real last_divergence[LANES]
-    cdef real last_excess[LANES]
     cdef real lowest[LANES]
     copy(lowest_so_far, lowest)
     for lane in range(LANES):
@@ -135,23 +130,41 @@ cdef inline void discrete_run(const real *p, const real *q, npy_intp step_p, npy
     if n > 0:
         ask_for(ahead, 0, 2, n, <real> 0)
         add_steps(p, q, step_p, step_q, n, scaled, ratios, lowest, weight, divergence, excess)
-    if first:
-        for lane in range(LANES):
-            last_weight[lane] = last_divergence[lane] = last_excess[lane] = 0
-        add_steps(last_p, last_q, LANES, LANES, 1, scaled, ratios, lowest, last_weight,
-                  last_divergence, last_excess)
-        keep_from(first, last_weight)
-        keep_from(first, last_divergence)
-        keep_from(first, last_excess)
-        for lane in range(LANES):
-            weight[lane] += last_weight[lane]
-            divergence[lane] += last_divergence[lane]
-            excess[lane] += last_excess[lane]
     copy(lowest, lowest_so_far)
     copy(weight, weights)
     copy(divergence, divergences)
     for lane in range(LANES):
         drifts[lane] = excess[lane] - divergence[lane]
+
+
+cdef inline void last_run(const real *p, const real *q, int first, bint scaled, const real *ratios,
+                          real *lowest, real *weights, real *divergences,
+                          real *drifts) noexcept nogil:
+    """The same of the lanes first..LANES-1 of one vector."""
+    discrete_run(p, q, LANES, LANES, 1, 1, scaled, ratios, lowest, NULL, weights, divergences,
+                 drifts)
+    keep_from(first, weights)
+    keep_from(first, divergences)
+    keep_from(first, drifts)
+
+
+cdef inline void one_run_row(const real *p, const real *q, int n, bint scaled, const real *ratios,
+                             real *lowest, Ahead *ahead, real *weights, real *divergences,
+                             real *drifts) noexcept nogil:
+    """The same of a row of n elements. What is left of it comes last, in a vector that overlaps the
+    one before: read before the others, it costs half of the speed from memory."""
+    cdef int first = (LANES - n % LANES) % LANES
+    cdef npy_intp last = n - LANES
+    cdef real weight[LANES]
+    cdef real divergence[LANES]
+    cdef real drift[LANES]
+    discrete_run(p, q, LANES, LANES, n // LANES, steps_together(<real> 0), scaled, ratios, lowest,
+                 ahead, weights, divergences, drifts)
+    if first:
+        last_run(p + last, q + last, first, scaled, ratios, lowest, weight, divergence, drift)
+        fold(weight, weights)
+        fold(divergence, divergences)
+        fold(drift, drifts)
 
 
 cdef inline void plain_run(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
@@ -203,44 +216,56 @@ cdef inline void plain_run(const real *p, const real *q, npy_intp step_p, npy_in
         into.drift[lane] = two_sum(into.drift[lane], -divergence[lane], &into.rest[lane])
 
 
-cdef inline void add_discrete_run(const real *p, const real *q, npy_intp step_p, npy_intp step_q,
-                                  int n, int steps, int first, bint scaled, bint normalize,
-                                  const real *ratio, real *lowest, Ahead *ahead,
-                                  LaneSums *into) noexcept nogil:
-    """Add such a run; or, if `first` is not 0, the lanes first..LANES-1 of a vector."""
+cdef inline void add_run(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
+                         int steps, bint scaled, bint normalize, const real *ratio, real *lowest,
+                         Ahead *ahead, LaneSums *into) noexcept nogil:
+    """Add n terms of each lane."""
     cdef real weight[LANES]
     cdef real divergence[LANES]
     cdef real drift[LANES]
     if not normalize:
         ask_for(ahead, 0, 2, n, <real> 0)
-        plain_run(p, q, step_p, step_q, n, first, lowest, into)
+        plain_run(p, q, step_p, step_q, n, 0, lowest, into)
         return
-    discrete_run(p, q, step_p, step_q, 0 if first else n, steps, p, q, first, scaled, ratio, lowest,
-                 ahead, weight, divergence, drift)
+    discrete_run(p, q, step_p, step_q, n, steps, scaled, ratio, lowest, ahead, weight, divergence,
+                 drift)
     fold(weight, into.weight)
     fold(divergence, into.divergence)
     fold(drift, into.drift)
 
 
-cdef inline void add_discrete_runs(const real *p, const real *q, npy_intp step_p, npy_intp step_q,
-                                   int n, int first, bint scaled, bint normalize,
-                                   const real *ratio, real *lowest, Ahead *ahead,
-                                   LaneSums *into) noexcept nogil:
+cdef inline void add_last(const real *p, const real *q, int first, bint scaled, bint normalize,
+                          const real *ratio, real *lowest, LaneSums *into) noexcept nogil:
+    """Add the lanes first..LANES-1 of one vector."""
+    cdef real weight[LANES]
+    cdef real divergence[LANES]
+    cdef real drift[LANES]
+    if not normalize:
+        plain_run(p, q, LANES, LANES, 1, first, lowest, into)
+        return
+    last_run(p, q, first, scaled, ratio, lowest, weight, divergence, drift)
+    fold(weight, into.weight)
+    fold(divergence, into.divergence)
+    fold(drift, into.drift)
+
+
+cdef inline void add_runs(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
+                          int first, bint scaled, bint normalize, const real *ratio, real *lowest,
+                          Ahead *ahead, LaneSums *into) noexcept nogil:
     """Add n terms of each lane, and of the lanes from `first` on, if it is not 0, one more, from a
     vector that overlaps the last."""
     cdef int length, full = full_run(2 if normalize else 1, <real> 0)
     while n > 0:
         length = run_length(n, 2 if normalize else 1, <real> 0)
         if length == full:  # a constant for the loops
-            add_discrete_run(p, q, step_p, step_q, full, steps_together(<real> 0), 0, scaled,
-                             normalize, ratio, lowest, ahead, into)
+            add_run(p, q, step_p, step_q, full, steps_together(<real> 0), scaled, normalize, ratio,
+                    lowest, ahead, into)
         else:
-            add_discrete_run(p, q, step_p, step_q, length, steps_together(<real> 0), 0, scaled,
-                             normalize, ratio, lowest, ahead, into)
+            add_run(p, q, step_p, step_q, length, steps_together(<real> 0), scaled, normalize,
+                    ratio, lowest, ahead, into)
         p, q, n = p + length * step_p, q + length * step_q, n - length
     if first:
-        add_discrete_run(p - first, q - first, step_p, step_q, 1, 1, first, scaled, normalize,
-                         ratio, lowest, NULL, into)
+        add_last(p - first, q - first, first, scaled, normalize, ratio, lowest, into)
 
 
 cdef inline void discrete_groups(const real *p, const real *q, npy_intp step_p, npy_intp step_q,
@@ -253,11 +278,11 @@ cdef inline void discrete_groups(const real *p, const real *q, npy_intp step_p, 
         prefetch_columns(p + at, step_p, n, more)
         prefetch_columns(q + at, step_q, n, more)
         if more and normalize:
-            add_discrete_run(p + at, q + at, step_p, step_q, n, 1, 0, scaled, True, ratio + at,
-                             lowest + at, NULL, &into[group].sums)
+            add_run(p + at, q + at, step_p, step_q, n, 1, scaled, True, ratio + at, lowest + at,
+                    NULL, &into[group].sums)
         else:
-            add_discrete_runs(p + at, q + at, step_p, step_q, n, 0, scaled, normalize, ratio + at,
-                              lowest + at, ahead, &into[group].sums)
+            add_runs(p + at, q + at, step_p, step_q, n, 0, scaled, normalize, ratio + at,
+                     lowest + at, ahead, &into[group].sums)
 
 
 cdef void discrete_loop(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
@@ -300,20 +325,19 @@ cdef inline bint out_of_range(double margin, double weight, real of_type) noexce
 cdef inline void discrete_rows_of(const real **x, const npy_intp *outer, int n, int begin, int end,
                                   const double *conditions, bint scaled, bint normalize,
                                   bint one_run, RowLanes *rows, LaneParts *into) noexcept nogil:
-    """The sums of neighbouring rows, and what is the lowest in each lane of each of them. In short
-    steps, elements are asked for 2 KB ahead, which takes 8 % off long rows of floats from memory,
-    17 % off rows of 77 doubles: processors' own requests stop at pages. In long steps they come in
-    time, and asking for them costs up to a fifth."""
+    """The sums of neighbouring rows, and what is the lowest in each lane of each of them."""
     cdef const real *p
     cdef const real *q
     cdef real *sums = <real *> rows.sums
     cdef real *lowest = <real *> rows.lowest
     cdef LaneSums lanes
     cdef real ratio[LANES]
+    # In short steps, elements are asked for 2 KB ahead, which takes 8 % off long rows of floats
+    # from memory, 17 % off rows of 77 doubles: processors' own requests stop at pages. In long
+    # steps they come in time, and asking costs up to a fifth.
     cdef Ahead beyond
     cdef Ahead *ahead = &beyond if STEP_BYTES <= 128 else NULL
-    cdef int row, steps = n // LANES, first = (LANES - n % LANES) % LANES
-    cdef npy_intp last = n - LANES
+    cdef int row
     fill(ratio, <real> 1)
     for row in range(begin, end):
         fill(lowest + row * LANES, <real> 1)
@@ -324,14 +348,12 @@ cdef inline void discrete_rows_of(const real **x, const npy_intp *outer, int n, 
         p, q = row_of(x[0], outer[0], row), row_of(x[1], outer[1], row)
         beyond.data[0], beyond.data[1] = <const char *> p + 2048, <const char *> q + 2048
         if one_run:
-            discrete_run(
-                p, q, LANES, LANES, steps, steps_together(<real> 0), p + last, q + last, first,
-                scaled, ratio, lowest + row * LANES, ahead, sums + row * LANES,
-                sums + (LANES + row) * LANES, sums + (2 * LANES + row) * LANES)
+            one_run_row(p, q, n, scaled, ratio, lowest + row * LANES, ahead, sums + row * LANES,
+                        sums + (LANES + row) * LANES, sums + (2 * LANES + row) * LANES)
             continue
         clear_lanes(&lanes)
-        add_discrete_runs(p, q, LANES, LANES, steps, first, scaled, normalize, ratio,
-                          lowest + row * LANES, ahead, &lanes)
+        add_runs(p, q, LANES, LANES, n // LANES, (LANES - n % LANES) % LANES, scaled, normalize,
+                 ratio, lowest + row * LANES, ahead, &lanes)
         if normalize:
             take_lanes(&lanes, row, into)
         else:

@@ -9,7 +9,10 @@ row in any order.
 
 from gufunc cimport Batch, Kernel, Plan, Watch, is_unwanted, look_for_signals
 from libc.string cimport memset
-from sums cimport BLOCK, LANES, MAX_OPERANDS, Ahead, Family, Row, Slope, Sums
+from sums cimport (
+    BLOCK, LANES, MAX_OPERANDS, Ahead, Family, LaneParts, Row, Slope, Sums, clear, round_off,
+    take_row,
+)
 
 cdef enum:
     MAX_CONSTANTS = 8 * LANES    # of LANES rows' slopes, in any family

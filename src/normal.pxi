@@ -20,8 +20,8 @@ from sums cimport (
     run_length, steps_together, transpose, two_sum,
 )
 from vecmath cimport (
-    INFINITY, LN2, LN2_HIGH, LN2_LOW, NAN, atanh_tail, exp, exp_pair_f64, expm1, larger, magnitude, match_exponent, phi,
-    ratio_units, real, residual_product, smaller, times_power, unit_ln2,
+    INFINITY, LN2, LN2_HIGH, LN2_LOW, NAN, atanh_tail, exp, exp_pair_f64, expm1, larger, magnitude,
+    match_exponent, phi, ratio_units, real, residual_product, smaller, times_power, unit_ln2,
 )
 
 cdef enum Spread:
@@ -211,64 +211,79 @@ cdef inline void take_run(bint keep, const real **at, const npy_intp *step, int 
         ratio_run(keep, at, step, n, steps, spread_p, spread_q, terms, run, bounds)
 
 
-cdef inline void normal_run(const real **at, const npy_intp *step, int n, int steps,
-                            const real **last, int first, int spread_p, int spread_q, real *terms,
-                            real *bounds_so_far, real *sums) noexcept nogil:
-    """The sums of n terms, twice, of each lane, or these terms, unless `terms` is NULL. And add, if
-    `first` is not 0, those of the lanes first..LANES-1 of one vector more."""
-    cdef real run[LANES]
-    cdef real more[LANES]
+cdef inline void normal_run(const real **at, const npy_intp *step, int n, int steps, int spread_p,
+                            int spread_q, real *terms, real *bounds_so_far,
+                            real *sums) noexcept nogil:
+    """The sums of n terms, twice, of each lane. If `terms` is not NULL: these terms."""
     cdef real bounds[BOUNDS]
+    cdef real run[LANES]
     copy_bounds(bounds_so_far, bounds)
     fill(run, <real> 0)
     if terms != NULL:
         take_run(True, at, step, n, steps, spread_p, spread_q, terms, run, bounds)
     else:
         take_run(False, at, step, n, steps, spread_p, spread_q, terms, run, bounds)
-    if first:
-        fill(more, <real> 0)
-        take_run(False, last, step, 1, 1, spread_p, spread_q, terms, more, bounds)
-        keep_from(first, more)
-        fold(more, run)
     copy_bounds(bounds, bounds_so_far)
     copy(run, sums)
 
 
-cdef inline void add_normal_run(const real **at, const npy_intp *step, int n, int steps, int first,
-                                int spread_p, int spread_q, real *terms, real *bounds,
-                                LaneSums *into) noexcept nogil:
-    """Add such a run; or, if `first` is not 0, the lanes first..LANES-1 of a vector."""
+cdef inline void last_terms(const real **x, npy_intp last, int first, int spread_p, int spread_q,
+                            real *bounds, real *sums) noexcept nogil:
+    """The same of the lanes first..LANES-1 of one vector, which begins `last` elements on."""
+    cdef const real *at[4]
+    cdef npy_intp step[4]
+    cdef int operand
+    for operand in range(4):
+        at[operand], step[operand] = x[operand] + last, LANES
+    normal_run(at, step, 1, 1, spread_p, spread_q, <real *> NULL, bounds, sums)
+    keep_from(first, sums)
+
+
+cdef inline void add_terms_of(const real **at, const npy_intp *step, int n, int steps, int spread_p,
+                              int spread_q, real *terms, real *bounds,
+                              LaneSums *into) noexcept nogil:
+    """Add such a run."""
     cdef real run[LANES]
-    normal_run(at, step, 0 if first else n, steps, at, first, spread_p, spread_q, terms, bounds,
-               run)
+    normal_run(at, step, n, steps, spread_p, spread_q, terms, bounds, run)
     fold(run, into.divergence)
 
 
-cdef inline void add_normal_runs(const real **x, const npy_intp *step, int n, int first,
-                                 int spread_p, int spread_q, real *terms, real *bounds,
-                                 LaneSums *into) noexcept nogil:
+cdef inline void normal_runs(const real **x, const npy_intp *step, int n, int first, int spread_p,
+                             int spread_q, real *terms, real *bounds,
+                             LaneSums *into) noexcept nogil:
     """Take n terms, twice, of each lane, and of the lanes from `first` on, if it is not 0, one
     more, from a vector that overlaps the last."""
     cdef const real *at[4]
+    cdef real run[LANES]
     cdef int operand, length, full = full_run(1, <real> 0)
     for operand in range(4):
         at[operand] = x[operand]
     while n > 0:
         length = run_length(n, 1, <real> 0)
         if length == full:  # a constant for the loops
-            add_normal_run(at, step, full, steps_together(<real> 0), 0, spread_p, spread_q, terms,
-                           bounds, into)
+            add_terms_of(at, step, full, steps_together(<real> 0), spread_p, spread_q, terms,
+                         bounds, into)
         else:
-            add_normal_run(at, step, length, steps_together(<real> 0), 0, spread_p, spread_q,
-                           terms, bounds, into)
+            add_terms_of(at, step, length, steps_together(<real> 0), spread_p, spread_q, terms,
+                         bounds, into)
         for operand in range(4):
             at[operand] += length * step[operand]
         terms = terms + length * LANES if terms != NULL else NULL
         n -= length
     if first:
-        for operand in range(4):
-            at[operand] -= first
-        add_normal_run(at, step, 1, 1, first, spread_p, spread_q, <real *> NULL, bounds, into)
+        last_terms(at, -first, first, spread_p, spread_q, bounds, run)
+        fold(run, into.divergence)
+
+
+cdef inline void normal_row(const real **at, const npy_intp *step, int n, int first, int spread_p,
+                            int spread_q, real *bounds, real *sums) noexcept nogil:
+    """The same of a row of one run."""
+    cdef real run[LANES]
+    normal_run(at, step, n, steps_together(<real> 0), spread_p, spread_q, <real *> NULL, bounds,
+               sums)
+    if first:
+        last_terms(at, n * LANES - first, first, spread_p, spread_q, bounds, run)
+        fold(run, sums)
 
 
 ctypedef struct Beside:       # rows whose elements lie side by side
@@ -276,7 +291,6 @@ ctypedef struct Beside:       # rows whose elements lie side by side
     int begin
     int end
     int first                 # the first lane that counts of a vector after the last, or 0
-    npy_intp last             # where it lies
     const double *conditions  # negative: rows that are wanted
     double *sums              # NULL: only their terms are wanted
 
@@ -284,7 +298,6 @@ ctypedef struct Beside:       # rows whose elements lie side by side
 cdef inline void rows_beside(const real **x, const Beside *rows, int n, bint one_run, int spread_p,
                              int spread_q, real *terms, real *bounds) noexcept nogil:
     cdef const real *at[4]
-    cdef const real *last[4]
     cdef npy_intp step[4]
     cdef LaneSums lanes
     cdef RowLanes runs
@@ -296,13 +309,12 @@ cdef inline void rows_beside(const real **x, const Beside *rows, int n, bint one
             continue
         for operand in range(4):
             at[operand] = row_of(x[operand], rows.outer[operand], row)
-            last[operand] = at[operand] + rows.last
         if one_run:
-            normal_run(at, step, n, steps_together(<real> 0), last, rows.first, spread_p, spread_q,
-                       terms, bounds, <real *> runs.sums + row * LANES)
+            normal_row(at, step, n, rows.first, spread_p, spread_q, bounds,
+                       <real *> runs.sums + row * LANES)
             continue
         fill(lanes.divergence, <double> 0)
-        add_normal_runs(at, step, n, rows.first, spread_p, spread_q, terms, bounds, &lanes)
+        normal_runs(at, step, n, rows.first, spread_p, spread_q, terms, bounds, &lanes)
         if rows.sums != NULL:
             rows.sums[row] = across(lanes.divergence)
     if one_run:
@@ -325,11 +337,11 @@ cdef inline void normal_groups(const real **x, const npy_intp *step, int n, int 
             at[operand] = x[operand] + group * LANES
             prefetch_columns(at[operand], step[operand], n, more)
         if more:
-            add_normal_run(at, step, n, 1, 0, spread_p, spread_q, <real *> NULL,
-                           bounds + group * BOUNDS, &into[group].sums)
+            add_terms_of(at, step, n, 1, spread_p, spread_q, <real *> NULL,
+                         bounds + group * BOUNDS, &into[group].sums)
         else:
-            add_normal_runs(at, step, n, 0, spread_p, spread_q, <real *> NULL,
-                            bounds + group * BOUNDS, &into[group].sums)
+            normal_runs(at, step, n, 0, spread_p, spread_q, <real *> NULL,
+                        bounds + group * BOUNDS, &into[group].sums)
 
 
 cdef void normal_loop(const real **x, const npy_intp *step, int n, int groups, int more,
@@ -379,7 +391,7 @@ cdef void normal_rows(const real **x, const npy_intp *outer, int n, int begin, i
     cdef Beside rows
     cdef int operand, each
     rows.begin, rows.end, rows.conditions = begin, end, conditions
-    rows.sums, rows.last = into.sums.divergence, n - LANES
+    rows.sums = into.sums.divergence
     rows.first = (LANES - n % LANES) % LANES
     for operand in range(4):
         rows.outer[operand] = outer[operand]
@@ -441,7 +453,7 @@ cdef bint normal_gapless(const real **x, int n, int groups, const Row *row,
     cdef int operand, group
     begin_bounds(bounds)
     fill(doubtful, 0.0)
-    rows.begin, rows.end, rows.first, rows.last = 0, 1, 0, 0
+    rows.begin, rows.end, rows.first = 0, 1, 0
     rows.conditions, rows.sums = &wanted, NULL
     for operand in range(4):
         rows.outer[operand] = 0

@@ -1,5 +1,6 @@
-"""Batches of rows: the kernel that the gufuncs carry. Short rows and columns go side by side, long
-rows one by one; what is left over is computed again, each row by itself."""
+"""Batches of rows: the kernel that the gufuncs carry. Short rows and columns go side by side, longer
+ones LANES in turn, finished side by side; what is left over is computed again, each row by itself.
+"""
 
 from numpy cimport npy_intp
 from gufunc cimport Batch, Kernel, Plan, Watch, thread_limit
@@ -48,6 +49,7 @@ cdef npy_intp item_size(int format) noexcept nogil:
 
 
 cdef inline bint is_short(const Batch *batch) noexcept nogil:
+    """As logits, gradients and what lies apart are."""
     return 0 < batch.core[0] < SHORT_ROW
 
 
@@ -164,7 +166,7 @@ cdef void sum_copies(const Row *row, const Batch *batch, int used, const double 
         end = min(begin + BLOCK // n, used)
         for operand in range(row.n_operands):
             into = buffer + operand * (BLOCK + LANES)
-            x[operand], outer[operand] = into - begin * n, n * sizeof(real)
+            x[operand], outer[operand] = into - begin * n, n * sizeof(real)  # of lane 0
             for lane in range(begin, end):
                 if conditions[lane] < 0:
                     convert(row.format, row.data[operand] + lane * batch.outer[operand],
@@ -207,9 +209,10 @@ cdef void sum_each(Row *row, const Batch *batch, npy_intp first, int used,
             keep_sums(&sums, lane, parts)
 
 
-cdef inline int rows_one_by_one(const Batch *batch, npy_intp first, npy_intp last,
+cdef inline int rows_in_turn(const Batch *batch, npy_intp first, npy_intp last,
                                 const Kernel *kernel, Watch *watch, real of_type) noexcept nogil:
-    """Summed one after the other, finished side by side."""
+    """LANES rows, each of one block, are summed in one call, others one after the other; either
+    are finished side by side."""
     cdef int status = 0, used, lane
     cdef Row row = row_at(batch, first, kernel)
     cdef LaneParts parts
@@ -300,7 +303,7 @@ cdef inline int any_rows(const Batch *batch, npy_intp first, npy_intp last, cons
                          Watch *watch, real of_type) noexcept nogil:
     if across_rows(batch, kernel):
         return rows_in_bands(batch, first, last, kernel, watch, of_type)
-    return rows_one_by_one(batch, first, last, kernel, watch, of_type)
+    return rows_in_turn(batch, first, last, kernel, watch, of_type)
 
 
 cdef int reduce_rows_f32(const Batch *batch, npy_intp first, npy_intp last,
