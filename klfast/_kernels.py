@@ -39,6 +39,11 @@ def _built() -> list[str]:
 
 
 def _chosen() -> str:
+    if not available:
+        raise ImportError(
+            "this build of klfast has no kernels that this processor can run: install it again "
+            "without KLFAST_LEVELS, which builds all instruction sets"
+        )
     forced = os.environ.get("KLFAST_ISA")
     if not forced:
         return available[-1]
