@@ -1,7 +1,7 @@
 # Tasks of the repository; `make` lists them. They use the Python of the active environment.
 PYTHON ?= python
 .DEFAULT_GOAL := help
-.PHONY: help build test lint format types sanitize bench report demo dist ci
+.PHONY: help build test lint format types sanitize elsewhere bench report demo dist ci
 
 help: ## list the tasks
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -25,6 +25,9 @@ types: ## check the annotations (needs mypy)
 
 sanitize: ## build with AddressSanitizer and UndefinedBehaviorSanitizer, run the tests
 	tools/sanitize
+
+elsewhere: ## compile the kernels with Clang, for x86-64 and arm64 (needs ziglang)
+	tools/compile_elsewhere
 
 bench: ## time klfast beside its peers, groups side by side
 	pytest benchmarks

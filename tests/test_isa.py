@@ -77,3 +77,9 @@ def test_level_of_another_machine_is_refused():
         last = done.stderr.strip().splitlines()[-1]
         assert last.startswith(("ImportError", "ValueError"))
         assert name in last
+
+
+def test_a_build_for_other_processors(monkeypatch):
+    monkeypatch.setattr(klfast._kernels, "available", [])
+    with pytest.raises(ImportError, match="no kernels that this processor can run"):
+        klfast._kernels._chosen()
