@@ -18,9 +18,9 @@ from libc.math cimport fabs, frexp, ldexp, log, log1p
 from numpy cimport npy_intp
 from sums cimport (
     LANES, MAX_GROUPS, MOST_STEPS, RUN, STEP_BYTES, Ahead, Format, LaneParts, LaneSums, Row,
-    RowLanes, Slope, Sums, Trait, row_sums, add, clear, clear_lanes, copy,
-    divergence_of, element, fill, fold, full_run, keep_from, largest, least, round_off, row_of,
-    run_length, steps_together, take_lanes, take_lanes_exactly, two_sum,
+    RowLanes, Slope, Sums, Trait, add, clear, clear_lanes, copy, divergence_of, element, fill, fold,
+    full_run, keep_from, largest, least, round_off, row_of, row_sums, run_length, steps_together,
+    take_lanes, take_lanes_exactly, two_sum,
 )
 from vecmath cimport (
     INFINITY, LN2, NAN, at_least, atanh_tail, larger, match_exponent, ratio_exponent, ratio_log,
@@ -387,17 +387,6 @@ cdef double row_margin(const real *p, const real *q, int n, bint scaled,
     return least(margins)
 
 
-cdef inline void discrete_rows_by(const real **x, const npy_intp *outer, int n, int begin, int end,
-                                  const double *conditions, bint normalize, bint one_run,
-                                  RowLanes *rows, LaneParts *into) noexcept nogil:
-    if not normalize:
-        discrete_rows_of(x, outer, n, begin, end, conditions, False, False, False, rows, into)
-    elif into.scaled:
-        discrete_rows_of(x, outer, n, begin, end, conditions, True, True, one_run, rows, into)
-    else:
-        discrete_rows_of(x, outer, n, begin, end, conditions, False, True, one_run, rows, into)
-
-
 cdef void discrete_rows(const real **x, const npy_intp *outer, int n, int begin, int end,
                         const double *conditions, bint normalize, LaneParts *into) noexcept nogil:
     """The sums of n elements, LANES or more once padded, of the rows begin..end-1 with a negative
@@ -409,10 +398,17 @@ cdef void discrete_rows(const real **x, const npy_intp *outer, int n, int begin,
     cdef double margin
     cdef int row
     cdef bint low
-    if run_length(n // LANES, 2, <real> 0) == n // LANES:
-        discrete_rows_by(x, outer, n, begin, end, conditions, normalize, True, &rows, into)
+    cdef bint one_run = run_length(n // LANES, 2, <real> 0) == n // LANES
+    if not normalize:
+        discrete_rows_of(x, outer, n, begin, end, conditions, False, False, False, &rows, into)
+    elif into.scaled and one_run:
+        discrete_rows_of(x, outer, n, begin, end, conditions, True, True, True, &rows, into)
+    elif into.scaled:
+        discrete_rows_of(x, outer, n, begin, end, conditions, True, True, False, &rows, into)
+    elif one_run:
+        discrete_rows_of(x, outer, n, begin, end, conditions, False, True, True, &rows, into)
     else:
-        discrete_rows_by(x, outer, n, begin, end, conditions, normalize, False, &rows, into)
+        discrete_rows_of(x, outer, n, begin, end, conditions, False, True, False, &rows, into)
     low = any_low(lowest, begin, end, floor)
     for row in range(begin, end):
         margin = 0

@@ -49,7 +49,7 @@ cdef npy_intp item_size(int format) noexcept nogil:
 
 
 cdef inline bint is_short(const Batch *batch) noexcept nogil:
-    """As logits, gradients and what lies apart are."""
+    """For logits, gradients and elements that lie apart; others are up to SHORTER_ROW."""
     return 0 < batch.core[0] < SHORT_ROW
 
 
@@ -210,7 +210,7 @@ cdef void sum_each(Row *row, const Batch *batch, npy_intp first, int used,
 
 
 cdef inline int rows_in_turn(const Batch *batch, npy_intp first, npy_intp last,
-                                const Kernel *kernel, Watch *watch, real of_type) noexcept nogil:
+                             const Kernel *kernel, Watch *watch, real of_type) noexcept nogil:
     """LANES rows, each of one block, are summed in one call, others one after the other; either
     are finished side by side."""
     cdef int status = 0, used, lane
@@ -222,11 +222,10 @@ cdef inline int rows_in_turn(const Batch *batch, npy_intp first, npy_intp last,
     while first < last:
         used = <int> min(<npy_intp> LANES, last - first)
         begin_parts(&parts)
-        for lane in range(LANES):
-            conditions[lane] = -1 if lane < used else 0
+        fill(conditions, -1.0)
         sum_each(&row, batch, first, used, conditions, watch, &parts, of_type)
         finish_lanes(&row, &parts, 1, values, conditions)
-        for lane in range(used, LANES):
+        for lane in range(used, LANES):  # where there is no row
             conditions[lane] = 0
         if can_refine(&row) and not all_good(conditions):
             choose_ratios(&parts, conditions)

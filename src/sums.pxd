@@ -61,9 +61,9 @@ ctypedef struct LaneSums:       # of LANES rows, or of every LANESth element of 
     double direct[LANES]        # sum of p log(p/q), where it is wanted as it stands
     double rest[LANES]          # what the rounding of the drift left out, where it counts
 
-ctypedef struct RowLanes:       # of LANES rows, one after the other, in their own type: lanes of
+ctypedef struct RowLanes:       # of LANES rows, whose lanes are still to be added up: room for
     Aligned begin
-    double sums[3 * LANES * LANES]  # three sums
+    double sums[3 * LANES * LANES]  # three sums of each, in the rows' own type
     double lowest[LANES * LANES]
 
 ctypedef struct Sums:

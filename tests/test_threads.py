@@ -8,6 +8,7 @@ import threading
 import time
 import timeit
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import klfast
 import numpy as np
@@ -154,7 +155,7 @@ def long_row(function):
     while seconds < 0.1:
         length *= 2
         row = np.broadcast_to(np.float64(0.5), length)
-        seconds = min(timeit.repeat(lambda: function(row, row), number=1, repeat=2))  # noqa: B023
+        seconds = min(timeit.repeat(partial(function, row, row), number=1, repeat=2))
     return row
 
 
