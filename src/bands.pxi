@@ -8,8 +8,8 @@ neighbours, those of a short one not on how it lies either.
 
 from numpy cimport npy_intp
 from sums cimport (
-    COPY_BYTES, LANES, MAX_GROUPS, MAX_OPERANDS, RUN, STRIP, Ahead, Family, LaneParts, LaneSums,
-    Row, clear_lanes, copy, even_margin, fill, least, transpose, two_sum,
+    AHEAD_BYTES, COPY_BYTES, LANES, MAX_GROUPS, MAX_OPERANDS, RUN, STRIP, Ahead, Family,
+    LaneParts, LaneSums, Row, clear_lanes, copy, even_margin, fill, least, transpose, two_sum,
 )
 from vecmath cimport INFINITY, larger, real, smaller
 
@@ -145,6 +145,16 @@ cdef inline void ask_for(Ahead *ahead, int first, int last, int n, real of_type)
     for operand in range(first, last):
         prefetch(ahead.data[operand], size)
         ahead.data[operand] += size
+
+
+cdef inline npy_intp distance_ahead(npy_intp outer, npy_intp size, int operands) noexcept nogil:
+    """Bytes from where a row of this size is read to what is asked for meanwhile: the same row
+    further on, or one of those that follow, `outer` bytes apart. Processors' own requests end at
+    pages of 4 KB, and what is asked for nearer than that only disturbs them: 2 KB ahead, rows of
+    1000 floats take half again as long as 8 KB ahead. All that is on its way is to fit in a first
+    cache."""
+    cdef npy_intp distance = AHEAD_BYTES // operands
+    return distance if size >= distance else (distance // size + 1) * outer
 
 
 cdef Ahead *rows_ahead(const Rows *rows, Ahead *ahead) noexcept nogil:

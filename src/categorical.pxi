@@ -175,7 +175,7 @@ cdef inline void weigh_run(int loop, bint both, const real *a, const real *b, np
     for lane in range(LANES):
         total[lane] = moment[lane] = square[lane] = other[lane] = 0
     for i in range(n):
-        ask_for(ahead, 0, 1, 1, <real> 0)
+        ask_for(ahead, 0, 2, 1, <real> 0)
         for lane in range(LANES):
             x = a[i * step_a + lane]
             weight[lane] = weight_of(loop, x, constants, lane)
@@ -233,7 +233,7 @@ cdef inline void weigh(int loop, bint both, const real *a, const real *b, npy_in
         weights += length * LANES
     if first:
         weigh_run(loop, both, a - first, b - first, step_a, step_b, 1, first, constants, weights,
-                  lowest, highest, reach, NULL, &sums)
+                  lowest, highest, reach, ahead, &sums)
     copy(lowest, extremes + LOWEST)
     copy(highest, extremes + HIGHEST)
     copy(reach, extremes + REACH)
@@ -278,7 +278,7 @@ cdef inline real far_term(real a, real b, real p, const real *constants, int lan
 
 cdef inline void diverge_run(int loop, bint offset, const real *a, const real *b, npy_intp step_a,
                              npy_intp step_b, int n, int first, const real *weights,
-                             const real *constants, real *infinite, Ahead *ahead,
+                             const real *constants, real *infinite,
                              LaneSums *into) noexcept nogil:
     """Add n terms of each lane; weights before `first` are 0, and were summed before. `offset`: y
     needs a second part."""
@@ -291,7 +291,6 @@ cdef inline void diverge_run(int loop, bint offset, const real *a, const real *b
     for lane in range(LANES):
         divergence[lane] = drift[lane] = 0
     for i in range(n):
-        ask_for(ahead, 1, 2, 1, <real> 0)
         for lane in range(LANES):
             p, x, z = weights[i * LANES + lane], a[i * step_a + lane], b[i * step_b + lane]
             if loop == Loop.FAR:
@@ -319,20 +318,20 @@ cdef inline void diverge_run(int loop, bint offset, const real *a, const real *b
 
 cdef inline void diverge(int loop, bint offset, const real *a, const real *b, npy_intp step_a,
                          npy_intp step_b, int n, int first, const real *weights,
-                         const real *constants, real *infinite, Ahead *ahead,
+                         const real *constants, real *infinite,
                          LaneSums *into) noexcept nogil:
     """Add n terms of each lane, and one more as `weigh`."""
     cdef int length
     while n > 0:
         length = run_length(n, 1, <real> 0)
         diverge_run(
-            loop, offset, a, b, step_a, step_b, length, 0, weights, constants, infinite, ahead,
+            loop, offset, a, b, step_a, step_b, length, 0, weights, constants, infinite,
             into)
         a, b, n = a + length * step_a, b + length * step_b, n - length
         weights += length * LANES
     if first:
         diverge_run(loop, offset, a - first, b - first, step_a, step_b, 1, first, weights,
-                    constants, infinite, NULL, into)
+                    constants, infinite, into)
 
 
 cdef inline bint is_plain(double lowest, double highest, double beta, real of_type) noexcept nogil:
@@ -402,28 +401,28 @@ cdef void weigh_loop(int loop, bint both, const real *a, const real *b, npy_intp
 
 cdef void diverge_loop(int loop, bint offset, const real *a, const real *b, npy_intp step_a,
                        npy_intp step_b, int n, int first, const real *weights,
-                       const real *constants, real *infinite, Ahead *ahead,
+                       const real *constants, real *infinite,
                        LaneSums *into) noexcept nogil:
     if loop == Loop.NEAR and offset:
         diverge(Loop.NEAR, True, a, b, step_a, step_b, n, first, weights, constants, infinite,
-                ahead, into)
+                into)
     elif loop == Loop.NEAR:
         diverge(Loop.NEAR, False, a, b, step_a, step_b, n, first, weights, constants,
-                infinite, ahead, into)
+                infinite, into)
     elif loop == Loop.PLAIN and offset:
         diverge(Loop.PLAIN, True, a, b, step_a, step_b, n, first, weights, constants,
-                infinite, ahead, into)
+                infinite, into)
     elif loop == Loop.PLAIN:
         diverge(Loop.PLAIN, False, a, b, step_a, step_b, n, first, weights, constants,
-                infinite, ahead, into)
+                infinite, into)
     elif loop == Loop.UNIT:
         diverge(Loop.UNIT, True, a, b, step_a, step_b, n, first, weights, constants, infinite,
-                ahead, into)
+                into)
     elif loop == Loop.EXACT:
         diverge(Loop.EXACT, True, a, b, step_a, step_b, n, first, weights, constants,
-                infinite, ahead, into)
+                infinite, into)
     else:
-        diverge(Loop.FAR, True, a, b, step_a, step_b, n, first, weights, constants, infinite, ahead,
+        diverge(Loop.FAR, True, a, b, step_a, step_b, n, first, weights, constants, infinite,
                 into)
 
 
@@ -472,7 +471,7 @@ cdef inline double far_divergence(const Weighed *lanes, const real *extremes) no
 
 
 cdef inline bint weigh_plainly(const real **x, int n, bint far, const real *constants,
-                               real *weights, real *extremes, Weighed *sums,
+                               real *weights, real *extremes, Ahead *ahead, Weighed *sums,
                                double *divergence) noexcept nogil:
     """The weights of a block by the plain loop; False where it will not do. And the divergence of P
     and Q far apart, or 0: a first part of a long block shows whether they may be, unless the block
@@ -482,13 +481,13 @@ cdef inline bint weigh_plainly(const real **x, int n, bint far, const real *cons
     cdef bint both = True
     if begin:
         weigh_loop(Loop.PLAIN, True, x[0], x[1], LANES, LANES, begin, 0, constants, weights,
-                   extremes, NULL, sums)
+                   extremes, ahead, sums)
         if not largest(extremes + REACH) < limit:
             return False
         both = far_divergence(sums, extremes) > 0
     weigh_loop(Loop.PLAIN, both, x[0] + begin * LANES, x[1] + begin * LANES, LANES, LANES,
                steps - begin, (LANES - n % LANES) % LANES, constants, weights + begin * LANES,
-               extremes, NULL, sums)
+               extremes, ahead, sums)
     if not largest(extremes + REACH) < limit:
         return False
     divergence[0] = far_divergence(sums, extremes) if both else 0
@@ -496,15 +495,16 @@ cdef inline bint weigh_plainly(const real **x, int n, bint far, const real *cons
 
 
 cdef inline int weigh_block(const real **x, int n, double beta, bint far, real *constants,
-                            real *weights, real *extremes, Weighed *sums, double *peak,
-                            double *divergence) noexcept nogil:
+                            real *weights, real *extremes, Ahead *ahead, Weighed *sums,
+                            double *peak, double *divergence) noexcept nogil:
     """The weights of a block, their sums, and its divergence, where they give it. Returns the
     loop."""
     cdef int loop
     cdef double lowest, highest
     divergence[0] = peak[0] = 0
     weigh_nothing(extremes, sums)
-    if beta == 1 and weigh_plainly(x, n, far, constants, weights, extremes, sums, divergence):
+    if beta == 1 and weigh_plainly(x, n, far, constants, weights, extremes, ahead, sums,
+                                  divergence):
         return Loop.PLAIN
     range_of(x[0], n, &lowest, &highest)
     loop = first_loop(lowest, highest, beta, peak, <real> 0)
@@ -515,11 +515,11 @@ cdef inline int weigh_block(const real **x, int n, double beta, bint far, real *
     return loop
 
 
-cdef void categorical_block(const real **x, int n, double beta, bint *far,
+cdef void categorical_block(const real **x, const npy_intp *outer, int n, double beta, bint *far,
                             Sums *into) noexcept nogil:
     """The sums of n elements, LANES or more once padded, relative to a shift and a peak of their
-    own; the last lanes overlap what was added before and do not count. `far`: whether those of the
-    block before were far apart; then whether these are."""
+    own; the last lanes overlap what was added before and do not count. What follows lies `outer`
+    bytes on. `far`: whether those of the block before were far apart; then whether these are."""
     cdef double room[LONG_BLOCK + 2 * LANES]
     cdef real *weights = <real *> room
     cdef real constants[CONSTANTS]
@@ -530,11 +530,16 @@ cdef void categorical_block(const real **x, int n, double beta, bint *far,
     cdef int loop
     cdef double lowest, highest, lowest_b, highest_b = 0, weight, divergence
     cdef bint offset
+    cdef Ahead ahead
+    cdef int operand
+    for operand in range(2):
+        ahead.data[operand] = <const char *> x[operand] + distance_ahead(
+            outer[operand], n * sizeof(real), 2)
     fill(&constants[PEAK], <real> 0)
     fill(&constants[BETA], <real> beta)
     fill(&constants[BETA_REST], <real> (beta - <real> beta))
     loop = weigh_block(
-        x, n, beta, far[0], constants, weights, extremes, &sums, &into.peak, &divergence)
+        x, n, beta, far[0], constants, weights, extremes, &ahead, &sums, &into.peak, &divergence)
     far[0] = divergence > 0
     weight, lowest, highest = (
         across(sums.weight), least(extremes + LOWEST), largest(extremes + HIGHEST))
@@ -553,7 +558,7 @@ cdef void categorical_block(const real **x, int n, double beta, bint *far,
     fill(infinite, <real> 0)
     clear_lanes(&lanes)
     diverge_loop(loop, offset, x[0], x[1], LANES, LANES, n // LANES, (LANES - n % LANES) % LANES,
-                 weights, constants, infinite, NULL, &lanes)
+                 weights, constants, infinite, &lanes)
     into.divergence, into.drift = across(lanes.divergence), across(lanes.drift)
     into.weight = weight
     into.doubtful = loop == Loop.FAR and largest(infinite) > 0
@@ -637,7 +642,7 @@ cdef void diverge_columns(const real **x, const npy_intp *step, int n, int *loop
             continue
         clear_lanes(&sums)
         diverge_loop(
-            loop, True, x[0], x[1], step[0], step[1], n, 0, weights, constants, infinite, NULL,
+            loop, True, x[0], x[1], step[0], step[1], n, 0, weights, constants, infinite,
             &sums)
         for lane in range(LANES):
             if loops[lane] == loop:
@@ -663,7 +668,7 @@ cdef void categorical_columns(const real **x, const npy_intp *step, int n, Ahead
         diverge_columns(x, step, n, loops, weights, constants, infinite, into)
     else:
         diverge_loop(common, True, x[0], x[1], step[0], step[1], n, 0, weights, constants,
-                     infinite, ahead, &into.sums)
+                     infinite, &into.sums)
 
 
 # Both phases in one, relative to shifts that are given, with the terms of the unit loop.

@@ -17,7 +17,7 @@ from gufunc cimport Watch, is_unwanted
 from libc.math cimport fabs, frexp, ldexp, log, log1p
 from numpy cimport npy_intp
 from sums cimport (
-    LANES, MAX_GROUPS, MOST_STEPS, RUN, STEP_BYTES, Ahead, Format, LaneParts, LaneSums, Row,
+    LANES, MAX_GROUPS, MOST_STEPS, RUN, Ahead, Format, LaneParts, LaneSums, Row,
     RowLanes, Slope, Sums, Trait, add, clear, clear_lanes, copy, divergence_of, element, fill, fold,
     full_run, keep_from, largest, least, round_off, row_of, row_sums, run_length, steps_together,
     take_lanes, take_lanes_exactly, two_sum,
@@ -138,10 +138,10 @@ cdef inline void discrete_run(const real *p, const real *q, npy_intp step_p, npy
 
 
 cdef inline void last_run(const real *p, const real *q, int first, bint scaled, const real *ratios,
-                          real *lowest, real *weights, real *divergences,
+                          real *lowest, Ahead *ahead, real *weights, real *divergences,
                           real *drifts) noexcept nogil:
     """The same of the lanes first..LANES-1 of one vector."""
-    discrete_run(p, q, LANES, LANES, 1, 1, scaled, ratios, lowest, NULL, weights, divergences,
+    discrete_run(p, q, LANES, LANES, 1, 1, scaled, ratios, lowest, ahead, weights, divergences,
                  drifts)
     keep_from(first, weights)
     keep_from(first, divergences)
@@ -161,7 +161,8 @@ cdef inline void one_run_row(const real *p, const real *q, int n, bint scaled, c
     discrete_run(p, q, LANES, LANES, n // LANES, steps_together(<real> 0), scaled, ratios, lowest,
                  ahead, weights, divergences, drifts)
     if first:
-        last_run(p + last, q + last, first, scaled, ratios, lowest, weight, divergence, drift)
+        last_run(p + last, q + last, first, scaled, ratios, lowest, ahead, weight, divergence,
+                 drift)
         fold(weight, weights)
         fold(divergence, divergences)
         fold(drift, drifts)
@@ -235,15 +236,17 @@ cdef inline void add_run(const real *p, const real *q, npy_intp step_p, npy_intp
 
 
 cdef inline void add_last(const real *p, const real *q, int first, bint scaled, bint normalize,
-                          const real *ratio, real *lowest, LaneSums *into) noexcept nogil:
+                          const real *ratio, real *lowest, Ahead *ahead,
+                          LaneSums *into) noexcept nogil:
     """Add the lanes first..LANES-1 of one vector."""
     cdef real weight[LANES]
     cdef real divergence[LANES]
     cdef real drift[LANES]
     if not normalize:
+        ask_for(ahead, 0, 2, 1, <real> 0)
         plain_run(p, q, LANES, LANES, 1, first, lowest, into)
         return
-    last_run(p, q, first, scaled, ratio, lowest, weight, divergence, drift)
+    last_run(p, q, first, scaled, ratio, lowest, ahead, weight, divergence, drift)
     fold(weight, into.weight)
     fold(divergence, into.divergence)
     fold(drift, into.drift)
@@ -265,7 +268,7 @@ cdef inline void add_runs(const real *p, const real *q, npy_intp step_p, npy_int
                     ratio, lowest, ahead, into)
         p, q, n = p + length * step_p, q + length * step_q, n - length
     if first:
-        add_last(p - first, q - first, first, scaled, normalize, ratio, lowest, into)
+        add_last(p - first, q - first, first, scaled, normalize, ratio, lowest, ahead, into)
 
 
 cdef inline void discrete_groups(const real *p, const real *q, npy_intp step_p, npy_intp step_q,
@@ -332,11 +335,10 @@ cdef inline void discrete_rows_of(const real **x, const npy_intp *outer, int n, 
     cdef real *lowest = <real *> rows.lowest
     cdef LaneSums lanes
     cdef real ratio[LANES]
-    # In short steps, elements are asked for 2 KB ahead, which takes 8 % off long rows of floats
-    # from memory, 17 % off rows of 77 doubles: processors' own requests stop at pages. In long
-    # steps they come in time, and asking costs up to a fifth.
-    cdef Ahead beyond
-    cdef Ahead *ahead = &beyond if STEP_BYTES <= 128 else NULL
+    cdef npy_intp size = n * sizeof(real)
+    cdef npy_intp beyond_p = distance_ahead(outer[0], size, 2)
+    cdef npy_intp beyond_q = distance_ahead(outer[1], size, 2)
+    cdef Ahead ahead
     cdef int row
     fill(ratio, <real> 1)
     for row in range(begin, end):
@@ -346,14 +348,14 @@ cdef inline void discrete_rows_of(const real **x, const npy_intp *outer, int n, 
         if scaled:
             fill(ratio, <real> into.ratio[row])
         p, q = row_of(x[0], outer[0], row), row_of(x[1], outer[1], row)
-        beyond.data[0], beyond.data[1] = <const char *> p + 2048, <const char *> q + 2048
+        ahead.data[0], ahead.data[1] = <const char *> p + beyond_p, <const char *> q + beyond_q
         if one_run:
-            one_run_row(p, q, n, scaled, ratio, lowest + row * LANES, ahead, sums + row * LANES,
+            one_run_row(p, q, n, scaled, ratio, lowest + row * LANES, &ahead, sums + row * LANES,
                         sums + (LANES + row) * LANES, sums + (2 * LANES + row) * LANES)
             continue
         clear_lanes(&lanes)
         add_runs(p, q, LANES, LANES, n // LANES, (LANES - n % LANES) % LANES, scaled, normalize,
-                 ratio, lowest + row * LANES, ahead, &lanes)
+                 ratio, lowest + row * LANES, &ahead, &lanes)
         if normalize:
             take_lanes(&lanes, row, into)
         else:

@@ -97,7 +97,8 @@ cdef inline void doubt_lanes(const real *bounds, const Row *row, double *doubtfu
 
 
 cdef inline void log_variance_run(bint keep, const real **at, const npy_intp *step, int n,
-                                  real *terms, real *run, real *bounds) noexcept nogil:
+                                  real *terms, real *run, real *bounds,
+                                  Ahead *ahead) noexcept nogil:
     """Take n terms, twice, of each lane."""
     cdef int lane, i
     cdef real x, rest, s_q, mean, size
@@ -108,6 +109,7 @@ cdef inline void log_variance_run(bint keep, const real **at, const npy_intp *st
     cdef const real *spread_of_q = at[3]
     cdef npy_intp step_0 = step[0], step_1 = step[1], step_2 = step[2], step_3 = step[3]
     for i in range(n):
+        ask_for(ahead, 0, 4, 1, <real> 0)
         for lane in range(LANES):
             mean = loc_p[i * step_0 + lane] - loc_q[i * step_2 + lane]
             s_q = spread_of_q[i * step_3 + lane]
@@ -186,33 +188,35 @@ cdef inline void ratio_steps(bint keep, const real **at, const npy_intp *step, i
 
 
 cdef inline void ratio_run(bint keep, const real **x, const npy_intp *step, int n, int steps,
-                           int spread_p, int spread_q, real *terms, real *run,
-                           real *bounds) noexcept nogil:
+                           int spread_p, int spread_q, real *terms, real *run, real *bounds,
+                           Ahead *ahead) noexcept nogil:
     """Take n terms, twice, of each lane."""
     cdef const real *at[4]
     cdef int operand
     for operand in range(4):
         at[operand] = x[operand]
     while n >= steps:
+        ask_for(ahead, 0, 4, steps, <real> 0)
         ratio_steps(keep, at, step, steps, spread_p, spread_q, terms, run, bounds)
         for operand in range(4):
             at[operand] += steps * step[operand]
         terms, n = terms + steps * LANES, n - steps
     if n > 0:
+        ask_for(ahead, 0, 4, n, <real> 0)
         ratio_steps(keep, at, step, n, spread_p, spread_q, terms, run, bounds)
 
 
 cdef inline void take_run(bint keep, const real **at, const npy_intp *step, int n, int steps,
-                          int spread_p, int spread_q, real *terms, real *run,
-                          real *bounds) noexcept nogil:
+                          int spread_p, int spread_q, real *terms, real *run, real *bounds,
+                          Ahead *ahead) noexcept nogil:
     if spread_p == Spread.LOG_VARIANCE and spread_q == Spread.LOG_VARIANCE:
-        log_variance_run(keep, at, step, n, terms, run, bounds)
+        log_variance_run(keep, at, step, n, terms, run, bounds, ahead)
     else:
-        ratio_run(keep, at, step, n, steps, spread_p, spread_q, terms, run, bounds)
+        ratio_run(keep, at, step, n, steps, spread_p, spread_q, terms, run, bounds, ahead)
 
 
 cdef inline void normal_run(const real **at, const npy_intp *step, int n, int steps, int spread_p,
-                            int spread_q, real *terms, real *bounds_so_far,
+                            int spread_q, real *terms, real *bounds_so_far, Ahead *ahead,
                             real *sums) noexcept nogil:
     """The sums of n terms, twice, of each lane. If `terms` is not NULL: these terms."""
     cdef real bounds[BOUNDS]
@@ -220,36 +224,36 @@ cdef inline void normal_run(const real **at, const npy_intp *step, int n, int st
     copy_bounds(bounds_so_far, bounds)
     fill(run, <real> 0)
     if terms != NULL:
-        take_run(True, at, step, n, steps, spread_p, spread_q, terms, run, bounds)
+        take_run(True, at, step, n, steps, spread_p, spread_q, terms, run, bounds, ahead)
     else:
-        take_run(False, at, step, n, steps, spread_p, spread_q, terms, run, bounds)
+        take_run(False, at, step, n, steps, spread_p, spread_q, terms, run, bounds, ahead)
     copy_bounds(bounds, bounds_so_far)
     copy(run, sums)
 
 
 cdef inline void last_terms(const real **x, npy_intp last, int first, int spread_p, int spread_q,
-                            real *bounds, real *sums) noexcept nogil:
+                            real *bounds, Ahead *ahead, real *sums) noexcept nogil:
     """The same of the lanes first..LANES-1 of one vector, which begins `last` elements on."""
     cdef const real *at[4]
     cdef npy_intp step[4]
     cdef int operand
     for operand in range(4):
         at[operand], step[operand] = x[operand] + last, LANES
-    normal_run(at, step, 1, 1, spread_p, spread_q, <real *> NULL, bounds, sums)
+    normal_run(at, step, 1, 1, spread_p, spread_q, <real *> NULL, bounds, ahead, sums)
     keep_from(first, sums)
 
 
 cdef inline void add_terms_of(const real **at, const npy_intp *step, int n, int steps, int spread_p,
-                              int spread_q, real *terms, real *bounds,
+                              int spread_q, real *terms, real *bounds, Ahead *ahead,
                               LaneSums *into) noexcept nogil:
     """Add such a run."""
     cdef real run[LANES]
-    normal_run(at, step, n, steps, spread_p, spread_q, terms, bounds, run)
+    normal_run(at, step, n, steps, spread_p, spread_q, terms, bounds, ahead, run)
     fold(run, into.divergence)
 
 
 cdef inline void normal_runs(const real **x, const npy_intp *step, int n, int first, int spread_p,
-                             int spread_q, real *terms, real *bounds,
+                             int spread_q, real *terms, real *bounds, Ahead *ahead,
                              LaneSums *into) noexcept nogil:
     """Take n terms, twice, of each lane, and of the lanes from `first` on, if it is not 0, one
     more, from a vector that overlaps the last."""
@@ -262,27 +266,28 @@ cdef inline void normal_runs(const real **x, const npy_intp *step, int n, int fi
         length = run_length(n, 1, <real> 0)
         if length == full:  # a constant for the loops
             add_terms_of(at, step, full, steps_together(<real> 0), spread_p, spread_q, terms,
-                         bounds, into)
+                         bounds, ahead, into)
         else:
             add_terms_of(at, step, length, steps_together(<real> 0), spread_p, spread_q, terms,
-                         bounds, into)
+                         bounds, ahead, into)
         for operand in range(4):
             at[operand] += length * step[operand]
         terms = terms + length * LANES if terms != NULL else NULL
         n -= length
     if first:
-        last_terms(at, -first, first, spread_p, spread_q, bounds, run)
+        last_terms(at, -first, first, spread_p, spread_q, bounds, ahead, run)
         fold(run, into.divergence)
 
 
 cdef inline void normal_row(const real **at, const npy_intp *step, int n, int first, int spread_p,
-                            int spread_q, real *bounds, real *sums) noexcept nogil:
+                            int spread_q, real *bounds, Ahead *ahead,
+                            real *sums) noexcept nogil:
     """The same of a row of one run."""
     cdef real run[LANES]
     normal_run(at, step, n, steps_together(<real> 0), spread_p, spread_q, <real *> NULL, bounds,
-               sums)
+               ahead, sums)
     if first:
-        last_terms(at, n * LANES - first, first, spread_p, spread_q, bounds, run)
+        last_terms(at, n * LANES - first, first, spread_p, spread_q, bounds, ahead, run)
         fold(run, sums)
 
 
@@ -301,20 +306,25 @@ cdef inline void rows_beside(const real **x, const Beside *rows, int n, bint one
     cdef npy_intp step[4]
     cdef LaneSums lanes
     cdef RowLanes runs
+    cdef npy_intp size = (n * LANES + (LANES - rows.first) % LANES) * sizeof(real)
+    cdef npy_intp beyond[4]
+    cdef Ahead ahead
     cdef int operand, row
+    step[0] = step[1] = step[2] = step[3] = LANES  # a constant for the loops
     for operand in range(4):
-        step[operand] = LANES  # a constant for the loops
+        beyond[operand] = distance_ahead(rows.outer[operand], size, 4)
     for row in range(rows.begin, rows.end):
         if rows.conditions[row] >= 0:
             continue
         for operand in range(4):
             at[operand] = row_of(x[operand], rows.outer[operand], row)
+            ahead.data[operand] = <const char *> at[operand] + beyond[operand]
         if one_run:
-            normal_row(at, step, n, rows.first, spread_p, spread_q, bounds,
+            normal_row(at, step, n, rows.first, spread_p, spread_q, bounds, &ahead,
                        <real *> runs.sums + row * LANES)
             continue
         fill(lanes.divergence, <double> 0)
-        normal_runs(at, step, n, rows.first, spread_p, spread_q, terms, bounds, &lanes)
+        normal_runs(at, step, n, rows.first, spread_p, spread_q, terms, bounds, &ahead, &lanes)
         if rows.sums != NULL:
             rows.sums[row] = across(lanes.divergence)
     if one_run:
@@ -338,10 +348,10 @@ cdef inline void normal_groups(const real **x, const npy_intp *step, int n, int 
             prefetch_columns(at[operand], step[operand], n, more)
         if more:
             add_terms_of(at, step, n, 1, spread_p, spread_q, <real *> NULL,
-                         bounds + group * BOUNDS, &into[group].sums)
+                         bounds + group * BOUNDS, NULL, &into[group].sums)
         else:
             normal_runs(at, step, n, 0, spread_p, spread_q, <real *> NULL,
-                        bounds + group * BOUNDS, &into[group].sums)
+                        bounds + group * BOUNDS, NULL, &into[group].sums)
 
 
 cdef void normal_loop(const real **x, const npy_intp *step, int n, int groups, int more,
@@ -456,7 +466,7 @@ cdef bint normal_gapless(const real **x, int n, int groups, const Row *row,
     rows.begin, rows.end, rows.first = 0, 1, 0
     rows.conditions, rows.sums = &wanted, NULL
     for operand in range(4):
-        rows.outer[operand] = 0
+        rows.outer[operand] = groups * n * LANES * sizeof(real)
     normal_loop(x, NULL, groups * n, 0, 0, &rows, row, terms, bounds, into)
     doubt_lanes(bounds, row, doubtful)
     if largest(doubtful) > 0:

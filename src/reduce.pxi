@@ -38,7 +38,7 @@ cdef inline Row row_at(const Batch *batch, npy_intp index, const Kernel *kernel)
     row.n_operands = row_operands(kernel)
     row.length = batch.core[0]
     for operand in range(row.n_operands):
-        row.step[operand] = batch.inner[operand]
+        row.step[operand], row.outer[operand] = batch.inner[operand], batch.outer[operand]
     row.inverse_temperature = 1
     point_at(&row, batch, index)
     return row

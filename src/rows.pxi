@@ -188,26 +188,23 @@ cdef inline void rows_of_block(const Row *row, const real **x, const npy_intp *o
         discrete_rows(x, outer, n, begin, end, conditions, row.normalize, into)
 
 
-cdef inline void begin_row(LaneParts *parts, double ratio, npy_intp *outer) noexcept nogil:
-    cdef int operand
+cdef inline void begin_row(LaneParts *parts, double ratio) noexcept nogil:
     clear_lanes(&parts.sums)
     begin_parts(parts)
     parts.ratio[0], parts.scaled = ratio, ratio != 1
-    for operand in range(MAX_OPERANDS):
-        outer[operand] = 0
 
 
-cdef inline void sum_block(const Row *row, const real **x, int n, double ratio, bint *far,
-                           Sums *sums) noexcept nogil:
-    """`far`: as categorical_block; False for the first."""
-    cdef npy_intp outer[MAX_OPERANDS]
+cdef inline void sum_block(const Row *row, const real **x, const npy_intp *outer, int n,
+                           double ratio, bint *far, Sums *sums) noexcept nogil:
+    """What follows lies `outer` bytes on, and may be asked for. `far`: as categorical_block; False
+    for the first."""
     cdef double wanted = -1
     cdef LaneParts parts
     clear(sums)
     if row.family == Family.CATEGORICAL:
-        categorical_block(x, n, row.inverse_temperature, far, sums)
+        categorical_block(x, outer, n, row.inverse_temperature, far, sums)
         return
-    begin_row(&parts, ratio, outer)
+    begin_row(&parts, ratio)
     rows_of_block(row, x, outer, n, 0, 1, &wanted, &parts)
     take_row(&parts, 0, sums)
 
@@ -218,16 +215,19 @@ cdef void sum_blocks(const Row *row, npy_intp start, npy_intp stop, int most, do
     cdef real buffer[MAX_OPERANDS * (BLOCK + LANES)]
     cdef const real *x[MAX_OPERANDS]
     cdef Sums parts[2 * PIECE / BLOCK]
-    cdef int n = block_length(start, stop, most), blocks = 0
+    cdef npy_intp nowhere[MAX_OPERANDS]
+    cdef int n = block_length(start, stop, most), blocks = 0, operand
     cdef bint far = False
+    for operand in range(MAX_OPERANDS):
+        nowhere[operand] = 0
     if start + n == stop:
         load_block(row, start, n, buffer, x)
-        sum_block(row, x, n, ratio, &far, sums)
+        sum_block(row, x, nowhere, n, ratio, &far, sums)
         return
     while start < stop:
         n = block_length(start, stop, most)
         load_block(row, start, n, buffer, x)
-        sum_block(row, x, n, ratio, &far, &parts[blocks])
+        sum_block(row, x, nowhere, n, ratio, &far, &parts[blocks])
         blocks += 1
         start += n
     combine(parts, blocks, row.inverse_temperature, sums)
@@ -248,7 +248,7 @@ cdef inline void sum_stretch(const Row *row, npy_intp start, npy_intp stop, doub
     cdef int most = most_together(in_place, of_type)
     cdef int n = block_length(start, stop, most)
     if in_place and start + n == stop:
-        sum_block(row, x, n, ratio, &far, sums)
+        sum_block(row, x, row.outer, n, ratio, &far, sums)
     else:
         sum_blocks(row, start, stop, most, ratio, sums, of_type)
 

@@ -47,6 +47,7 @@ cdef enum:
     MOST_COLUMNS = 1024      # in a band: a page of floats
     COPY_BYTES = 1024 * STRIP  # of columns that are copied, of all operands together
     MAX_GROUPS = MOST_COLUMNS / LANES
+    AHEAD_BYTES = 20 * 1024  # of a row, of all operands together, that are on their way at a time
 
 cdef enum Family:
     DISCRETE
@@ -89,7 +90,7 @@ ctypedef struct LaneParts:      # of LANES rows: a part of each
     bint scaled                 # whether any is not 1
     double doubtful[LANES]      # 0 or 1, for vectors
 
-ctypedef struct Ahead:          # where the rows lie that come next, to be asked for along the way
+ctypedef struct Ahead:          # what comes later, to be asked for along the way
     const char *data[MAX_OPERANDS]
 
 
@@ -354,6 +355,7 @@ ctypedef struct Row:
     npy_intp length
     const char *data[MAX_OPERANDS]
     npy_intp step[MAX_OPERANDS]
+    npy_intp outer[MAX_OPERANDS]  # bytes to the row that follows
 
 
 cdef inline double element(const Row *row, int operand, npy_intp i) noexcept nogil:
