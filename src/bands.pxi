@@ -154,7 +154,7 @@ cdef inline npy_intp distance_ahead(npy_intp outer, npy_intp size, int operands)
     1000 floats take half again as long as 8 KB ahead. All that is on its way is to fit in a first
     cache."""
     cdef npy_intp distance = AHEAD_BYTES // operands
-    return distance if size >= distance else (distance // size + 1) * outer
+    return distance if size >= distance else (distance // max(size, <npy_intp> 1) + 1) * outer
 
 
 cdef Ahead *rows_ahead(const Rows *rows, Ahead *ahead) noexcept nogil:

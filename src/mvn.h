@@ -475,7 +475,7 @@ typedef struct {            /* one distribution of every item: addresses, and st
 
 typedef struct { mvn_vec l[MVN_SMALL_TRIANGLE], reciprocal[MVN_SMALL]; } mvn_small_factor;
 
-#define MVN_AHEAD 2048 /* bytes, at least */
+#define MVN_AHEAD 4096 /* bytes, at least; 2048 take up to a tenth longer */
 
 /* Asks for `count` n-ths, from number i on, of the matrices two groups or more after that of
  * `item`, if they lie side by side. Beyond the last item it asks in vain. Larger ones into the
