@@ -212,6 +212,13 @@ cdef inline void standard_job_at(const Batch *batch, npy_intp index, const Kerne
             job.target.step[operand] = batch.inner[out - 2]
 
 
+cdef inline bint are_pairs(const Batch *batch, const Kernel *kernel) noexcept nogil:
+    """Whether rows go side by side, as those of any pair of normals."""
+    if kernel.wanted and batch.inner[0] == item_size(kernel.options[0]):
+        return batch.core[0] < SHORTER_ROW
+    return is_short(batch) or not kernel.wanted and across_rows(batch, kernel)
+
+
 cdef inline int standard_rows(const Batch *batch, npy_intp first, npy_intp last,
                               const Kernel *kernel, Watch *watch, real of_type) noexcept nogil:
     cdef Pair pair
@@ -220,7 +227,7 @@ cdef inline int standard_rows(const Batch *batch, npy_intp first, npy_intp last,
     cdef double value
     cdef int status = 0, out = 3 if kernel.wanted else 2
     as_pair(batch, kernel, &pair)
-    if is_short(batch) or not kernel.wanted and across_rows(batch, kernel):
+    if are_pairs(batch, kernel):
         return pair_of_rows(&pair, first, last, watch, of_type)
     job.watch = watch
     for index in range(first, last):
