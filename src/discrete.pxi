@@ -44,9 +44,18 @@ cdef inline real largest_weight(real of_type) noexcept nogil:
         return 5e307
 
 
+cdef inline real kept(real x, int lane, bint partial, int first) noexcept nogil:
+    """0 before the first lane of a partial vector, where weights count for nothing; compared as in
+    keep_from."""
+    if partial:
+        return x if <real> lane >= <real> first else <real> 0
+    return x
+
+
 cdef inline void discrete_factors(const real *p, const real *q, npy_intp step_p, npy_intp step_q,
-                                  int n, bint scaled, const real *ratio, real *s, real *e_ln2,
-                                  real *head, real *excess, real *lowest) noexcept nogil:
+                                  int n, bint partial, int first, bint scaled, const real *ratio,
+                                  real *s, real *e_ln2, real *head, real *excess,
+                                  real *lowest) noexcept nogil:
     """What the terms are made of: s, e ln2, and (p - z) s + (q' - z). `scaled`: the ratio is not 1;
     adds to the excess sum(q' - p)."""
     cdef int lane, i, at
@@ -59,6 +68,7 @@ cdef inline void discrete_factors(const real *p, const real *q, npy_intp step_p,
             if scaled:
                 y *= ratio[lane]
             lowest[lane] = smaller(smaller(x, y), lowest[lane])
+            x, y = kept(x, lane, partial, first), kept(y, lane, partial, first)
             x_normal = at_least(floor, x)
             e_ln2[at], z = ratio_log(x_normal, y), match_exponent(x_normal, y)
             difference = x - z
@@ -71,10 +81,11 @@ cdef inline void discrete_factors(const real *p, const real *q, npy_intp step_p,
 
 
 cdef inline void add_terms(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
-                           bint scaled, const real *s, const real *e_ln2, const real *head,
-                           real *weights, real *divergences, real *excesses) noexcept nogil:
+                           bint partial, int first, bint scaled, const real *s, const real *e_ln2,
+                           const real *head, real *weights, real *divergences,
+                           real *excesses) noexcept nogil:
     cdef int lane, i, at
-    cdef real x
+    cdef real x, y
     cdef real weight[LANES]
     cdef real divergence[LANES]
     cdef real excess[LANES]
@@ -82,11 +93,12 @@ cdef inline void add_terms(const real *p, const real *q, npy_intp step_p, npy_in
         weight[lane] = divergence[lane] = excess[lane] = 0
     for i in range(n):
         for lane in range(LANES):
-            at, x = i * LANES + lane, p[i * step_p + lane]
+            at, x, y = i * LANES + lane, p[i * step_p + lane], q[i * step_q + lane]
+            x, y = kept(x, lane, partial, first), kept(y, lane, partial, first)
             weight[lane] += x
             divergence[lane] += x * (e_ln2[at] + atanh_tail(s[at])) + head[at]
             if not scaled:
-                excess[lane] += q[i * step_q + lane] - x
+                excess[lane] += y - x
     fold(weight, weights)
     fold(divergence, divergences)
     if not scaled:
@@ -94,27 +106,31 @@ cdef inline void add_terms(const real *p, const real *q, npy_intp step_p, npy_in
 
 
 cdef inline void add_steps(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
-                           bint scaled, const real *ratios, real *lowest, real *weight,
-                           real *divergence, real *excess) noexcept nogil:
-    """Add n terms, at most MOST_STEPS, of each lane: one loop up to the quotients, one for their
-    series, in two sums where one would be too long."""
+                           bint partial, int first, bint scaled, const real *ratios, real *lowest,
+                           real *weight, real *divergence, real *excess) noexcept nogil:
+    """Add n terms, at most MOST_STEPS, of each lane, or, if `partial`, of those from `first` on:
+    one loop up to the quotients, one for their series, in two sums where one would be too long."""
     cdef int half = n if n <= RUN + RUN / 2 else (n + 1) // 2
     cdef real s[MOST_STEPS * LANES]
     cdef real e_ln2[MOST_STEPS * LANES]
     cdef real head[MOST_STEPS * LANES]
-    discrete_factors(p, q, step_p, step_q, n, scaled, ratios, s, e_ln2, head, excess, lowest)
-    add_terms(p, q, step_p, step_q, half, scaled, s, e_ln2, head, weight, divergence, excess)
+    discrete_factors(p, q, step_p, step_q, n, partial, first, scaled, ratios, s, e_ln2, head,
+                     excess, lowest)
+    add_terms(p, q, step_p, step_q, half, partial, first, scaled, s, e_ln2, head, weight,
+              divergence, excess)
     if n > half:
-        add_terms(p + half * step_p, q + half * step_q, step_p, step_q, n - half, scaled,
-                  s + half * LANES, e_ln2 + half * LANES, head + half * LANES, weight, divergence,
-                  excess)
+        add_terms(p + half * step_p, q + half * step_q, step_p, step_q, n - half, partial, first,
+                  scaled, s + half * LANES, e_ln2 + half * LANES, head + half * LANES, weight,
+                  divergence, excess)
 
 
 cdef inline void discrete_run(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
-                              int steps, bint scaled, const real *ratios, real *lowest_so_far,
-                              Ahead *ahead, real *weights, real *divergences,
+                              int steps, int first, bint scaled, const real *ratios,
+                              real *lowest_so_far, Ahead *ahead, real *weights, real *divergences,
                               real *drifts) noexcept nogil:
-    """The sums of n terms of each lane."""
+    """The sums of n terms of each lane, and of the lanes from `first` on, if it is not 0, of one
+    more, from a vector that overlaps the last: read before the others, it costs half of the speed
+    from memory."""
     cdef int lane
     cdef real weight[LANES]
     cdef real divergence[LANES]
@@ -125,47 +141,23 @@ cdef inline void discrete_run(const real *p, const real *q, npy_intp step_p, npy
         weight[lane] = divergence[lane] = excess[lane] = 0
     while n >= steps:
         ask_for(ahead, 0, 2, steps, <real> 0)
-        add_steps(p, q, step_p, step_q, steps, scaled, ratios, lowest, weight, divergence, excess)
+        add_steps(p, q, step_p, step_q, steps, False, 0, scaled, ratios, lowest, weight, divergence,
+                  excess)
         p, q, n = p + steps * step_p, q + steps * step_q, n - steps
     if n > 0:
         ask_for(ahead, 0, 2, n, <real> 0)
-        add_steps(p, q, step_p, step_q, n, scaled, ratios, lowest, weight, divergence, excess)
+        add_steps(p, q, step_p, step_q, n, False, 0, scaled, ratios, lowest, weight, divergence,
+                  excess)
+        p, q = p + n * step_p, q + n * step_q
+    if first:
+        ask_for(ahead, 0, 2, 1, <real> 0)
+        add_steps(p - first, q - first, LANES, LANES, 1, True, first, scaled, ratios, lowest,
+                  weight, divergence, excess)
     copy(lowest, lowest_so_far)
     copy(weight, weights)
     copy(divergence, divergences)
     for lane in range(LANES):
         drifts[lane] = excess[lane] - divergence[lane]
-
-
-cdef inline void last_run(const real *p, const real *q, int first, bint scaled, const real *ratios,
-                          real *lowest, Ahead *ahead, real *weights, real *divergences,
-                          real *drifts) noexcept nogil:
-    """The same of the lanes first..LANES-1 of one vector."""
-    discrete_run(p, q, LANES, LANES, 1, 1, scaled, ratios, lowest, ahead, weights, divergences,
-                 drifts)
-    keep_from(first, weights)
-    keep_from(first, divergences)
-    keep_from(first, drifts)
-
-
-cdef inline void one_run_row(const real *p, const real *q, int n, bint scaled, const real *ratios,
-                             real *lowest, Ahead *ahead, real *weights, real *divergences,
-                             real *drifts) noexcept nogil:
-    """The same of a row of n elements. What is left of it comes last, in a vector that overlaps the
-    one before: read before the others, it costs half of the speed from memory."""
-    cdef int first = (LANES - n % LANES) % LANES
-    cdef npy_intp last = n - LANES
-    cdef real weight[LANES]
-    cdef real divergence[LANES]
-    cdef real drift[LANES]
-    discrete_run(p, q, LANES, LANES, n // LANES, steps_together(<real> 0), scaled, ratios, lowest,
-                 ahead, weights, divergences, drifts)
-    if first:
-        last_run(p + last, q + last, first, scaled, ratios, lowest, ahead, weight, divergence,
-                 drift)
-        fold(weight, weights)
-        fold(divergence, divergences)
-        fold(drift, drifts)
 
 
 cdef inline void plain_run(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
@@ -228,8 +220,8 @@ cdef inline void add_run(const real *p, const real *q, npy_intp step_p, npy_intp
         ask_for(ahead, 0, 2, n, <real> 0)
         plain_run(p, q, step_p, step_q, n, 0, lowest, into)
         return
-    discrete_run(p, q, step_p, step_q, n, steps, scaled, ratio, lowest, ahead, weight, divergence,
-                 drift)
+    discrete_run(p, q, step_p, step_q, n, steps, 0, scaled, ratio, lowest, ahead, weight,
+                 divergence, drift)
     fold(weight, into.weight)
     fold(divergence, into.divergence)
     fold(drift, into.drift)
@@ -246,7 +238,8 @@ cdef inline void add_last(const real *p, const real *q, int first, bint scaled, 
         ask_for(ahead, 0, 2, 1, <real> 0)
         plain_run(p, q, LANES, LANES, 1, first, lowest, into)
         return
-    last_run(p, q, first, scaled, ratio, lowest, ahead, weight, divergence, drift)
+    discrete_run(p + first, q + first, LANES, LANES, 0, 1, first, scaled, ratio, lowest, ahead,
+                 weight, divergence, drift)
     fold(weight, into.weight)
     fold(divergence, into.divergence)
     fold(drift, into.drift)
@@ -350,8 +343,10 @@ cdef inline void discrete_rows_of(const real **x, const npy_intp *outer, int n, 
         p, q = row_of(x[0], outer[0], row), row_of(x[1], outer[1], row)
         ahead.data[0], ahead.data[1] = <const char *> p + beyond_p, <const char *> q + beyond_q
         if one_run:
-            one_run_row(p, q, n, scaled, ratio, lowest + row * LANES, &ahead, sums + row * LANES,
-                        sums + (LANES + row) * LANES, sums + (2 * LANES + row) * LANES)
+            discrete_run(p, q, LANES, LANES, n // LANES, steps_together(<real> 0),
+                         (LANES - n % LANES) % LANES, scaled, ratio, lowest + row * LANES, &ahead,
+                         sums + row * LANES, sums + (LANES + row) * LANES,
+                         sums + (2 * LANES + row) * LANES)
             continue
         clear_lanes(&lanes)
         add_runs(p, q, LANES, LANES, n // LANES, (LANES - n % LANES) % LANES, scaled, normalize,
