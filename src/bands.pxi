@@ -135,14 +135,14 @@ cdef void load_rows(const Rows *rows, int operand, npy_intp start, int n,
                into + group * LANES, width)
 
 
-cdef inline void ask_for(Ahead *ahead, int first, int last, int n, real of_type) noexcept nogil:
-    """Ask for what stands for n columns of the operands first .. last - 1, in small portions:
-    memory delivers while there is arithmetic, and in a burst no load finds its place."""
+cdef inline void ask_for(Ahead *ahead, int operands, int n, real of_type) noexcept nogil:
+    """Ask for what stands for n vectors of each operand, in small portions: memory delivers while
+    there is arithmetic, and in a burst no load finds its place."""
     cdef int operand
     cdef npy_intp size = n * LANES * sizeof(real)
     if ahead == NULL:
         return
-    for operand in range(first, last):
+    for operand in range(operands):
         prefetch(ahead.data[operand], size)
         ahead.data[operand] += size
 

@@ -175,7 +175,7 @@ cdef inline void weigh_run(int loop, bint both, const real *a, const real *b, np
     for lane in range(LANES):
         total[lane] = moment[lane] = square[lane] = other[lane] = 0
     for i in range(n):
-        ask_for(ahead, 0, 2, 1, <real> 0)
+        ask_for(ahead, 2, 1, <real> 0)
         for lane in range(LANES):
             x = a[i * step_a + lane]
             weight[lane] = weight_of(loop, x, constants, lane)
@@ -511,7 +511,7 @@ cdef inline int weigh_block(const real **x, int n, double beta, bint far, real *
     fill(&constants[PEAK], <real> peak[0])
     weigh_nothing(extremes, sums)
     weigh_loop(loop, False, x[0], x[1], LANES, LANES, n // LANES, (LANES - n % LANES) % LANES,
-               constants, weights, extremes, NULL, sums)
+               constants, weights, extremes, ahead if beta != 1 else NULL, sums)
     return loop
 
 

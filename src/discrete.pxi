@@ -44,8 +44,8 @@ cdef inline real largest_weight(real of_type) noexcept nogil:
         return 5e307
 
 
-cdef inline real kept(real x, int lane, bint partial, int first) noexcept nogil:
-    """0 before the first lane of a partial vector, where weights count for nothing; compared as in
+cdef inline real counted(real x, int lane, bint partial, int first) noexcept nogil:
+    """A weight, or 0 before the first lane that counts of a partial vector; compared as in
     keep_from."""
     if partial:
         return x if <real> lane >= <real> first else <real> 0
@@ -68,7 +68,7 @@ cdef inline void discrete_factors(const real *p, const real *q, npy_intp step_p,
             if scaled:
                 y *= ratio[lane]
             lowest[lane] = smaller(smaller(x, y), lowest[lane])
-            x, y = kept(x, lane, partial, first), kept(y, lane, partial, first)
+            x, y = counted(x, lane, partial, first), counted(y, lane, partial, first)
             x_normal = at_least(floor, x)
             e_ln2[at], z = ratio_log(x_normal, y), match_exponent(x_normal, y)
             difference = x - z
@@ -94,7 +94,7 @@ cdef inline void add_terms(const real *p, const real *q, npy_intp step_p, npy_in
     for i in range(n):
         for lane in range(LANES):
             at, x, y = i * LANES + lane, p[i * step_p + lane], q[i * step_q + lane]
-            x, y = kept(x, lane, partial, first), kept(y, lane, partial, first)
+            x, y = counted(x, lane, partial, first), counted(y, lane, partial, first)
             weight[lane] += x
             divergence[lane] += x * (e_ln2[at] + atanh_tail(s[at])) + head[at]
             if not scaled:
@@ -140,17 +140,17 @@ cdef inline void discrete_run(const real *p, const real *q, npy_intp step_p, npy
     for lane in range(LANES):
         weight[lane] = divergence[lane] = excess[lane] = 0
     while n >= steps:
-        ask_for(ahead, 0, 2, steps, <real> 0)
+        ask_for(ahead, 2, steps, <real> 0)
         add_steps(p, q, step_p, step_q, steps, False, 0, scaled, ratios, lowest, weight, divergence,
                   excess)
         p, q, n = p + steps * step_p, q + steps * step_q, n - steps
     if n > 0:
-        ask_for(ahead, 0, 2, n, <real> 0)
+        ask_for(ahead, 2, n, <real> 0)
         add_steps(p, q, step_p, step_q, n, False, 0, scaled, ratios, lowest, weight, divergence,
                   excess)
         p, q = p + n * step_p, q + n * step_q
     if first:
-        ask_for(ahead, 0, 2, 1, <real> 0)
+        ask_for(ahead, 2, 1, <real> 0)
         add_steps(p - first, q - first, LANES, LANES, 1, True, first, scaled, ratios, lowest,
                   weight, divergence, excess)
     copy(lowest, lowest_so_far)
@@ -217,7 +217,7 @@ cdef inline void add_run(const real *p, const real *q, npy_intp step_p, npy_intp
     cdef real divergence[LANES]
     cdef real drift[LANES]
     if not normalize:
-        ask_for(ahead, 0, 2, n, <real> 0)
+        ask_for(ahead, 2, n, <real> 0)
         plain_run(p, q, step_p, step_q, n, 0, lowest, into)
         return
     discrete_run(p, q, step_p, step_q, n, steps, 0, scaled, ratio, lowest, ahead, weight,
@@ -230,15 +230,15 @@ cdef inline void add_run(const real *p, const real *q, npy_intp step_p, npy_intp
 cdef inline void add_last(const real *p, const real *q, int first, bint scaled, bint normalize,
                           const real *ratio, real *lowest, Ahead *ahead,
                           LaneSums *into) noexcept nogil:
-    """Add the lanes first..LANES-1 of one vector."""
+    """Add the lanes first..LANES-1 of a vector that overlaps the last, which ends at p and q."""
     cdef real weight[LANES]
     cdef real divergence[LANES]
     cdef real drift[LANES]
     if not normalize:
-        ask_for(ahead, 0, 2, 1, <real> 0)
-        plain_run(p, q, LANES, LANES, 1, first, lowest, into)
+        ask_for(ahead, 2, 1, <real> 0)
+        plain_run(p - first, q - first, LANES, LANES, 1, first, lowest, into)
         return
-    discrete_run(p + first, q + first, LANES, LANES, 0, 1, first, scaled, ratio, lowest, ahead,
+    discrete_run(p, q, LANES, LANES, 0, 1, first, scaled, ratio, lowest, ahead,
                  weight, divergence, drift)
     fold(weight, into.weight)
     fold(divergence, into.divergence)
@@ -261,7 +261,7 @@ cdef inline void add_runs(const real *p, const real *q, npy_intp step_p, npy_int
                     ratio, lowest, ahead, into)
         p, q, n = p + length * step_p, q + length * step_q, n - length
     if first:
-        add_last(p - first, q - first, first, scaled, normalize, ratio, lowest, ahead, into)
+        add_last(p, q, first, scaled, normalize, ratio, lowest, ahead, into)
 
 
 cdef inline void discrete_groups(const real *p, const real *q, npy_intp step_p, npy_intp step_q,

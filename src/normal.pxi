@@ -109,7 +109,7 @@ cdef inline void log_variance_run(bint keep, const real **at, const npy_intp *st
     cdef const real *spread_of_q = at[3]
     cdef npy_intp step_0 = step[0], step_1 = step[1], step_2 = step[2], step_3 = step[3]
     for i in range(n):
-        ask_for(ahead, 0, 4, 1, <real> 0)
+        ask_for(ahead, 4, 1, <real> 0)
         for lane in range(LANES):
             mean = loc_p[i * step_0 + lane] - loc_q[i * step_2 + lane]
             s_q = spread_of_q[i * step_3 + lane]
@@ -196,13 +196,13 @@ cdef inline void ratio_run(bint keep, const real **x, const npy_intp *step, int 
     for operand in range(4):
         at[operand] = x[operand]
     while n >= steps:
-        ask_for(ahead, 0, 4, steps, <real> 0)
+        ask_for(ahead, 4, steps, <real> 0)
         ratio_steps(keep, at, step, steps, spread_p, spread_q, terms, run, bounds)
         for operand in range(4):
             at[operand] += steps * step[operand]
         terms, n = terms + steps * LANES, n - steps
     if n > 0:
-        ask_for(ahead, 0, 4, n, <real> 0)
+        ask_for(ahead, 4, n, <real> 0)
         ratio_steps(keep, at, step, n, spread_p, spread_q, terms, run, bounds)
 
 

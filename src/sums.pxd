@@ -340,7 +340,7 @@ cdef enum Format:
 
 cdef enum:
     # Below, side by side: what is done once for a row takes half its time or more. Logits and
-    # gradients, for which more is done, longer, at most STRIP.
+    # gradients of any pair, for which more is done, longer, at most STRIP.
     SHORT_ROW = 48 + 6 * LANES
     SHORTER_ROW = 16 + 3 * LANES
 

@@ -306,7 +306,7 @@ static inline float from_bfloat16(uint16_t b) { return from_bits_f32((uint32_t)b
 /* n of them into floats. Those 4 KB on are asked for meanwhile: 6 % off long rows from memory. */
 #if defined(__AVX512F__)
 static inline void ask_for_halves(const uint16_t *h) {
-    __builtin_prefetch((const char *)h + 4096);
+    _mm_prefetch((const char *)h + 4096, _MM_HINT_T0);
 }
 #endif
 static inline void floats_from_float16(const uint16_t *h, ptrdiff_t n, float *into) {

@@ -8,7 +8,7 @@ import pytest
 from registry import IDS, ROWS
 
 STANDARD = IDS["normal-standard"]
-SIZES = [0, 1, 31, 32, 33, 40, 1039, 1040, 2000, 131_072 + 5]
+SIZES = [0, 1, 31, 39, 40, 41, 63, 64, 71, 95, 97, 143, 145, 1039, 1040, 2000, 131_072 + 5]
 
 
 def as_pair(arrays):
@@ -46,7 +46,7 @@ def test_layouts(dtype):
 
 @pytest.mark.parametrize("value", [-np.inf, np.inf, np.nan, -90.0, 89.0, -800.0, 1e30])
 @pytest.mark.parametrize("name", ["loc_p", "logvar_p"])
-@pytest.mark.parametrize("size", [5, 64, 1100])
+@pytest.mark.parametrize("size", [5, 64, 71, 1100])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_what_is_out_of_range(dtype, size, name, value):
     arrays = STANDARD.inputs(dtype, (3,), size)
