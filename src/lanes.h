@@ -1,6 +1,6 @@
 /* LANES: how many rows or elements the loops compute side by side: one vector of floats, two of
  * doubles; more run out of registers.
- * STEP_BYTES: how much of an operand a first loop, up to the quotients, is ahead of a second one.
+ * STEP_BYTES: how much of the weights a first loop, up to the quotients, is ahead of a second one.
  * Processors keep few steps of a chain as long as both in flight, but what the first loop loads,
  * the second does not wait for: more hides less of the memory's time. On Zen 5, 128 bytes in place
  * of 512 cost AVX2 a tenth, and save AVX-512 a third, in double, out of the cache. */

@@ -15,9 +15,9 @@ from gufunc cimport Watch, is_unwanted
 from libc.math cimport exp as libm_exp, expm1 as libm_expm1, fabs, frexp, ldexp, log
 from numpy cimport npy_intp
 from sums cimport (
-    LANES, MAX_GROUPS, MOST_STEPS, STRIP, Ahead, LaneParts, LaneSums, Row, RowLanes, Trait,
-    across, clear_lanes, copy, element, fill, fold, full_run, keep_from, largest, row_of, row_sums,
-    run_length, steps_together, transpose, two_sum,
+    LANES, MAX_GROUPS, STRIP, Ahead, LaneParts, LaneSums, Row, RowLanes, Trait, across,
+    clear_lanes, copy, element, fill, fold, full_run, keep_from, largest, row_of, row_sums,
+    run_length, transpose, two_sum,
 )
 from vecmath cimport (
     INFINITY, LN2, LN2_HIGH, LN2_LOW, NAN, atanh_tail, exp, exp_pair_f64, expm1, larger, magnitude,
@@ -51,6 +51,15 @@ cdef inline void take_terms(bint keep, const real *term, real *terms, real *run)
         copy(term, terms)
     else:
         fold(term, run)
+
+
+cdef enum:
+    STEPS = 2   # of floats, one of doubles, in each of two loops that take turns
+
+
+cdef inline int normal_steps(real of_type) noexcept nogil:
+    """More than these leave the registers: 16 of floats, 8 of doubles cost AVX2 up to a fifth."""
+    return STEPS if real is float else 1
 
 
 # Of each lane: the least and the greatest variance or scale so far, and the largest |e|, in its
@@ -167,14 +176,14 @@ cdef inline void normal_factors(const real **at, const npy_intp *step, int n, in
 
 cdef inline void ratio_steps(bint keep, const real **at, const npy_intp *step, int n, int spread_p,
                              int spread_q, real *terms, real *run, real *bounds) noexcept nogil:
-    """Take n terms, twice, at most MOST_STEPS, of each lane."""
+    """Take n terms, twice, at most STEPS, of each lane."""
     cdef int lane, i, k
     cdef real two = 2
     cdef real term[LANES]
-    cdef real s[MOST_STEPS * LANES]
-    cdef real grown[MOST_STEPS * LANES]
-    cdef real factor[MOST_STEPS * LANES]
-    cdef real rest[MOST_STEPS * LANES]
+    cdef real s[STEPS * LANES]
+    cdef real grown[STEPS * LANES]
+    cdef real factor[STEPS * LANES]
+    cdef real rest[STEPS * LANES]
     normal_factors(at, step, n, spread_p, spread_q, s, grown, factor, rest, bounds)
     for i in range(n):
         for lane in range(LANES):
@@ -265,10 +274,10 @@ cdef inline void normal_runs(const real **x, const npy_intp *step, int n, int fi
     while n > 0:
         length = run_length(n, 1, <real> 0)
         if length == full:  # a constant for the loops
-            add_terms_of(at, step, full, steps_together(<real> 0), spread_p, spread_q, terms,
+            add_terms_of(at, step, full, normal_steps(<real> 0), spread_p, spread_q, terms,
                          bounds, ahead, into)
         else:
-            add_terms_of(at, step, length, steps_together(<real> 0), spread_p, spread_q, terms,
+            add_terms_of(at, step, length, normal_steps(<real> 0), spread_p, spread_q, terms,
                          bounds, ahead, into)
         for operand in range(4):
             at[operand] += length * step[operand]
@@ -284,7 +293,7 @@ cdef inline void normal_row(const real **at, const npy_intp *step, int n, int fi
                             real *sums) noexcept nogil:
     """The same of a row of one run."""
     cdef real run[LANES]
-    normal_run(at, step, n, steps_together(<real> 0), spread_p, spread_q, <real *> NULL, bounds,
+    normal_run(at, step, n, normal_steps(<real> 0), spread_p, spread_q, <real *> NULL, bounds,
                ahead, sums)
     if first:
         last_terms(at, n * LANES - first, first, spread_p, spread_q, bounds, ahead, run)
