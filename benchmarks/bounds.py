@@ -1,11 +1,12 @@
-"""The machine's bound for the same work, on one thread: what no program could do faster.
+"""The machine's bound for the same work, on one thread.
 
 Memory: the arrays at the speed of a plain read, a BLAS dot product of p's with q's, timed in turns
-with klfast. Arithmetic: the cycles that the vector instructions of klfast's kernel need if none
-ever waits. Single steps (tests/machine_code.py) count how often each is executed, and those that
-are executed equally often are timed together, on registers by which none waits for another
-(throughput.py). Matrices with D >= LARGE count floating-point operations instead, at the speed of
-multiply-adds: from registers alone, or of a BLAS matrix product where that is faster.
+with klfast, which can be faster by asking for elements further ahead. Arithmetic: the cycles that
+the vector instructions of klfast's kernel need if none ever waits. Single steps
+(tests/machine_code.py) count how often each is executed, and those that are executed equally often
+are timed together, on registers by which none waits for another (throughput.py). Matrices with
+D >= LARGE count floating-point operations instead, at the speed of multiply-adds: from registers
+alone, or of a BLAS matrix product where that is faster.
 
 As a program: reads works from stdin, writes the cycles of one item of each (JSON).
 """

@@ -188,10 +188,10 @@ def readme_part(
     lines = [
         "One thread unless said otherwise. *Error*: the largest relative one against exact values "
         "on a sample of the same rows. *Best peer*: how many times klfast's time the fastest one "
-        "takes whose values are right (**bold** where klfast loses). *Bound*: what no program can "
-        "beat: a plain read of the same arrays or the cycles that the vector instructions need; "
-        "the number is the part of the speed at that bound that klfast reaches. Near-equal: Q is "
-        "P perturbed by that relative amount.",
+        "takes whose values are right (**bold** where klfast loses). *Bound*: a plain read of the "
+        "same arrays (a BLAS dot product: asking memory further ahead can beat it) or the cycles "
+        "that the vector instructions need; the number is the part of the speed at that bound "
+        "that klfast reaches. Near-equal: Q is P perturbed by that relative amount.",
         "",
         *klfast_table(rows),
         "",
