@@ -49,7 +49,7 @@ cdef npy_intp item_size(int format) noexcept nogil:
 
 
 cdef inline bint is_short(const Batch *batch) noexcept nogil:
-    """For logits, elements that lie apart and gradients other than beside N(0, I); others are up to
+    """For logits, elements that lie apart and gradients of any pair; values of others are up to
     SHORTER_ROW."""
     return 0 < batch.core[0] < SHORT_ROW
 

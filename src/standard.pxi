@@ -10,6 +10,9 @@ from vecmath cimport phi_and_expm1
 
 cdef double zeros[SHORT_ROW]
 
+cdef enum:
+    OWN_ROW = 64   # from here on, rows with gradients take less time by themselves than as pairs
+
 ctypedef struct StandardJob:
     Row row                     # of two operands
     Target target
@@ -213,10 +216,9 @@ cdef inline void standard_job_at(const Batch *batch, npy_intp index, const Kerne
 
 
 cdef inline bint are_pairs(const Batch *batch, const Kernel *kernel) noexcept nogil:
-    """Whether rows are left to the kernels of any pair of normals: short ones. With gradients, rows
-    from SHORTER_ROW on take a quarter of the time by themselves."""
+    """Whether rows are left to the kernels of any pair of normals: short ones."""
     if kernel.wanted and batch.inner[0] == item_size(kernel.options[0]):
-        return batch.core[0] < SHORTER_ROW
+        return batch.core[0] < OWN_ROW
     return is_short(batch) or not kernel.wanted and across_rows(batch, kernel)
 
 
