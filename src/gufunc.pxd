@@ -182,9 +182,10 @@ cdef inline int run_grid(Batch *line, npy_intp n, const npy_intp *lines, const K
     return status
 
 
-cdef inline void call(Batch *batch, npy_intp n_lines, const npy_intp *lines,
+cdef inline bint call(Batch *batch, npy_intp n_lines, const npy_intp *lines,
                       const Kernel *kernel) noexcept nogil:
-    """For NumPy: a batch of rows or (lines not NULL) a grid, without the GIL unless it is small."""
+    """For NumPy: a batch of rows or (lines not NULL) a grid, without the GIL unless it is small.
+    Whether there was memory: if not, an exception is on its way and results are anything."""
     cdef PyThreadState *released = NULL
     cdef Plan plan = kernel.plan(batch, kernel)
     cdef int status
@@ -199,16 +200,18 @@ cdef inline void call(Batch *batch, npy_intp n_lines, const npy_intp *lines,
     if status & NO_MEMORY:
         raise_memory_error()
     report_status(status & INVALID)
+    return not status & NO_MEMORY
 
 
-cdef inline void gufunc_loop(char **operands, const npy_intp *dimensions,
+cdef inline bint gufunc_loop(char **operands, const npy_intp *dimensions,
                              const npy_intp *steps, const Kernel *kernel) noexcept nogil:
+    """As `call`."""
     cdef Batch batch
     if dimensions[0] == 0:
-        return
+        return True
     batch.n, batch.operands, batch.outer = dimensions[0], operands, steps
     batch.core, batch.inner = dimensions + 1, steps + kernel.n_operands
-    call(&batch, 1, NULL, kernel)
+    return call(&batch, 1, NULL, kernel)
 
 
 ctypedef struct Grid:

@@ -18,15 +18,13 @@ cdef union Result:
     double of_double
 
 
-cdef bint has_nan(const char *values, npy_intp n, bint in_double) noexcept nogil:
+cdef inline bint has_nan(const real *values, npy_intp n) noexcept nogil:
+    """To the end, whatever comes: in vectors."""
     cdef npy_intp i
+    cdef bint nan = False
     for i in range(n):
-        if in_double:
-            if (<const double *> values)[i] != (<const double *> values)[i]:
-                return True
-        elif (<const float *> values)[i] != (<const float *> values)[i]:
-            return True
-    return False
+        nan |= values[i] != values[i]
+    return nan
 
 
 cdef class Plain:
@@ -121,15 +119,20 @@ cdef class Plain:
         cdef npy_intp sizes[2]
         cdef npy_intp steps[4 * MAX_OPERANDS]
         cdef cnp.ndarray values
+        cdef bint nan
         if not self.place(operands, kernel, data, sizes, steps):
             return None
         values = cnp.PyArray_EMPTY(1, sizes, number, 0)
-        cnp.PyArray_FillWithScalar(values, NAN)  # in case that there is no memory
         data[self.n_arrays] = cnp.PyArray_BYTES(values)
         steps[self.n_arrays] = cnp.PyArray_STRIDE(values, 0)
-        gufunc_loop(data, sizes, steps, kernel)
+        if not gufunc_loop(data, sizes, steps, kernel):
+            return None
         Py_MakePendingCalls()  # after Ctrl-C values are anything
-        if has_nan(data[self.n_arrays], sizes[0], number == cnp.NPY_DOUBLE):
+        if number == cnp.NPY_DOUBLE:
+            nan = has_nan(<double *> data[self.n_arrays], sizes[0])
+        else:
+            nan = has_nan(<float *> data[self.n_arrays], sizes[0])
+        if nan:
             return None
         if out is None:
             return values
@@ -153,11 +156,8 @@ cdef class Plain:
             number_operand = temperature
             data[self.n_arrays], steps[self.n_arrays] = <char *> &number_operand, 0
         data[kernel.n_operands - 1], steps[kernel.n_operands - 1] = <char *> &result, 0
-        if number == cnp.NPY_DOUBLE:  # in case that there is no memory
-            result.of_double = NAN
-        else:
-            result.of_float = NAN
-        gufunc_loop(data, sizes, steps, kernel)
+        if not gufunc_loop(data, sizes, steps, kernel):
+            return None
         cdef double value = result.of_double if number == cnp.NPY_DOUBLE else result.of_float
         if value != value:  # NumPy reports bad values
             return None if self.explains_nan else self.of_batch(operands, out)
