@@ -219,13 +219,48 @@ MVN_INLINE void mvn_oct(const char *at, ptrdiff_t outer, mvn_vec *x, int single)
         x[6 + odd] = (mvn_vec)_mm512_shuffle_f64x2(ab_high, cd_high, 0xdd);
     }
 }
-/* The same of items of one to four elements, n, with nothing between them. */
+typedef int32_t mvn_index __attribute__((vector_size(64)));
+
+/* Elements c and, in the upper half, d of 8 items of `width` floats, 2 to 9, with nothing between
+ * them: of all that lies there, what is wanted is chosen before it is converted. */
+MVN_INLINE __m512 mvn_two_of_each(const char *at, const int width, const int c, const int d) {
+    const mvn_index lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const mvn_index from = (lane & 7) * width + c + ((lane >> 3) * (d - c));
+    const float *x = (const float *)at;
+    __m512 chosen = _mm512_loadu_ps(x);
+    if (width == 2) return _mm512_permutexvar_ps((__m512i)from, chosen);
+    MVN_UNROLL for (int begin = 16; begin < 8 * width; begin += 16) {
+        const int whole = begin + 16 <= 8 * width;
+        const mvn_index old = begin == 16 ? from : lane, new = from - begin + 16;
+        const mvn_index index = old + ((from >= begin) & (from < begin + 16) & (new - old));
+        __m512 next = whole ? _mm512_loadu_ps(x + begin)
+                            : _mm512_castps256_ps512(_mm256_loadu_ps(x + begin));
+        chosen = _mm512_permutex2var_ps(chosen, (__m512i)index, next);
+    }
+    return chosen;
+}
+/* Of such items the elements that are `wanted`. */
+MVN_INLINE void mvn_dense_floats(
+    const char *at, mvn_vec *x, const int width, const int *wanted, const int count) {
+    MVN_UNROLL for (int j = 0; j < count; j += 2) {
+        const int odd = j + 1 < count;
+        __m512 two = mvn_two_of_each(at, width, wanted[j], wanted[j + odd]);
+        x[j] = (mvn_vec)_mm512_cvtps_pd(_mm512_castps512_ps256(two));
+        if (odd) x[j + 1] = (mvn_vec)_mm512_cvtps_pd(_mm512_extractf32x8_ps(two, 1));
+    }
+}
+/* The same of items of one to four elements, n. */
 MVN_INLINE void mvn_dense(const char *at, mvn_vec *x, const ptrdiff_t n, int single) {
     const ptrdiff_t step = MVN_LANES * (single ? sizeof(float) : sizeof(double));
+    const int all[4] = {0, 1, 2, 3};
     const __m512i from_zip = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
     __m512d a = mvn_line(at, single), b, c, d;
     if (n == 1) {
         x[0] = (mvn_vec)a;
+        return;
+    }
+    if (single) {
+        mvn_dense_floats(at, x, (int)n, all, (int)n);
         return;
     }
     b = mvn_line(at + step, single);
@@ -530,6 +565,29 @@ MVN_INLINE void mvn_small_eliminate(
  * as they have to be computed first or serve all groups. */
 MVN_INLINE int mvn_by_rows(const mvn_side *s) { return !s->covariance && !s->shared; }
 
+/* Whole matrices, of which no row begins after a gap, `outer` bytes apart. */
+MVN_INLINE void mvn_small_whole(
+    const char *at, ptrdiff_t outer, mvn_small_factor *factor, const int n, const int single) {
+    const ptrdiff_t size = single ? sizeof(float) : sizeof(double);
+    mvn_vec all[10];
+#if MVN_LANES == 8
+    if (single && n > 1 && outer == n * n * size) {
+        const int two[3] = {0, 2, 3}, three[6] = {0, 3, 4, 6, 7, 8};
+        mvn_dense_floats(at, factor->l, n * n, n == 2 ? two : three, MVN_TRIANGLE(n, 0));
+        return;
+    }
+#endif
+    if (n == 3) {
+        mvn_oct(at, outer, all, single);
+        mvn_pair(at + 7 * size, outer, all + 7, single);
+    } else {
+        mvn_read(all, at, outer, size, n * n, n * n, single);
+    }
+    MVN_EACH(r, 0, n) {
+        MVN_EACH(c, 0, r + 1) factor->l[MVN_TRIANGLE(r, c)] = all[r * n + c];
+    }
+}
+
 /* Row i of a side of a group, LANES items from one on; in a batch of fewer, one item with strides
  * of 0. `solved`: systems are, with the factor. */
 MVN_INLINE void mvn_small_row(
@@ -539,19 +597,7 @@ MVN_INLINE void mvn_small_row(
     mvn_vec *row = factor->l + MVN_TRIANGLE(i, 0);
     const ptrdiff_t size = single ? sizeof(float) : sizeof(double);
     if (n * n <= MVN_LANES + 1 && s->column == size && s->row == n * size) {
-        /* The whole matrix at once. */
-        mvn_vec all[10];
-        if (i == 0) {
-            if (n == 3) {
-                mvn_oct(at, s->matrix_outer, all, single);
-                mvn_pair(at + 7 * size, s->matrix_outer, all + 7, single);
-            } else {
-                mvn_read(all, at, s->matrix_outer, size, n * n, n * n, single);
-            }
-            MVN_EACH(r, 0, n) {
-                MVN_EACH(c, 0, r + 1) factor->l[MVN_TRIANGLE(r, c)] = all[r * n + c];
-            }
-        }
+        if (i == 0) mvn_small_whole(at, s->matrix_outer, factor, n, single);
     } else {
         mvn_read(row, at, s->matrix_outer, s->column, i + 1, n, single);
     }
