@@ -5,6 +5,7 @@ import pytest
 
 import bounds
 from machine_code import Instruction
+from suite import Work
 from throughput import independent, seconds
 
 needs_cycles = pytest.mark.skipif(bool(bounds.why_no_cycles()), reason=str(bounds.why_no_cycles()))
@@ -71,3 +72,10 @@ def test_pipes_are_full():
 def test_what_cannot_be_assembled_is_named():
     with pytest.raises(ValueError, match="vnonsense"):
         seconds([(instruction("vnonsense xmm0,xmm1"),)])
+
+
+@needs_cycles
+@pytest.mark.parametrize("entry", ["discrete", "categorical", "normal-scale", "mvn"])
+def test_kernels_are_seen(entry):
+    work = bounds.stepped(Work(entry, "float32", 64, 2))
+    assert sum(n * len(block) for n, block in bounds.executed_blocks(work).items()) > 20
