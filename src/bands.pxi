@@ -75,16 +75,23 @@ cdef inline int most_copied(int n_operands, npy_intp length, real of_type) noexc
     return min(<int> MAX_GROUPS, COPY_BYTES // (n_operands * strip * LANES * <int> sizeof(real)))
 
 
+cdef inline void repeat(const real *x, int n, int groups, real *into, int width) noexcept nogil:
+    """One row in place of each of so many groups of LANES."""
+    cdef int i, group, lane
+    for i in range(n):
+        for group in range(groups):
+            for lane in range(LANES):
+                into[i * width + group * LANES + lane] = x[i]
+
+
 cdef void gather(int format, const char *data, npy_intp outer, npy_intp step, int n, int used,
                  real *into, int width) noexcept nogil:
-    """The same for LANES rows anywhere; the first instead of those from `used` on."""
+    """LANES rows anywhere as columns; the first instead of those from `used` on."""
     cdef real converted[LANES * STRIP]
-    cdef int i, lane
+    cdef int lane
     convert(format, data, step, n, converted)
     if outer == 0:
-        for i in range(n):
-            for lane in range(LANES):
-                into[i * width + lane] = converted[i]
+        repeat(converted, n, 1, into, width)
         return
     for lane in range(1, LANES):
         convert(format, data + (lane if lane < used else 0) * outer, step, n, converted + lane * n)
@@ -127,8 +134,10 @@ cdef void load_rows(const Rows *rows, int operand, npy_intp start, int n,
     cdef const char *data = row.data[operand] + start * row.step[operand]
     cdef int group, width = rows.groups * LANES
     if rows.layout[operand] == Layout.ROWS:
-        outer //= sizeof(real)
-        transpose(<const real *> data, outer, n, width, into, width)
+        if outer == 0:
+            repeat(<const real *> data, n, rows.groups, into, width)
+        else:
+            transpose(<const real *> data, outer // <npy_intp> sizeof(real), n, width, into, width)
         return
     for group in range(rows.groups):
         gather(row.format, data + group * LANES * outer, outer, row.step[operand], n, rows.used,
