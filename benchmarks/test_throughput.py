@@ -75,7 +75,7 @@ def test_what_cannot_be_assembled_is_named():
 
 
 @needs_cycles
-@pytest.mark.parametrize("entry", ["discrete", "categorical", "normal-scale", "mvn"])
-def test_kernels_are_seen(entry):
-    work = bounds.stepped(Work(entry, "float32", 64, 2))
-    assert sum(n * len(block) for n, block in bounds.executed_blocks(work).items()) > 20
+def test_kernels_are_seen():
+    entries = ("discrete", "categorical", "normal-scale", "mvn")
+    cycles = bounds.cycles([Work(entry, "float32", 64, 2) for entry in entries])
+    assert min(cycles) > 1, dict(zip(entries, cycles, strict=True))
