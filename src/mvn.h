@@ -249,7 +249,7 @@ MVN_INLINE void mvn_dense_floats(
         if (odd) x[j + 1] = (mvn_vec)_mm512_cvtps_pd(_mm512_extractf32x8_ps(two, 1));
     }
 }
-/* The same of items of one to four elements, n. */
+/* All elements of such items, of one to four, n, floats or doubles. */
 MVN_INLINE void mvn_dense(const char *at, mvn_vec *x, const ptrdiff_t n, int single) {
     const ptrdiff_t step = MVN_LANES * (single ? sizeof(float) : sizeof(double));
     const int all[4] = {0, 1, 2, 3};

@@ -158,12 +158,12 @@ cdef class Plain:
         data[kernel.n_operands - 1], steps[kernel.n_operands - 1] = <char *> &result, 0
         if not gufunc_loop(data, sizes, steps, kernel):
             return None
+        Py_MakePendingCalls()  # after Ctrl-C the value is anything
         cdef double value = result.of_double if number == cnp.NPY_DOUBLE else result.of_float
         if value != value:  # NumPy reports bad values
             return None if self.explains_nan else self.of_batch(operands, out)
         if out is None:
             return PyArray_Scalar(&result, cnp.PyArray_DESCR(<cnp.ndarray> operands[0]), None)
-        Py_MakePendingCalls()  # after Ctrl-C the value is anything
         if number == cnp.NPY_DOUBLE:
             (<double *> cnp.PyArray_DATA(<cnp.ndarray> out))[0] = result.of_double
         else:
