@@ -15,6 +15,8 @@ from vecmath cimport INFINITY, larger, real, smaller
 
 cdef extern from "transpose.h" nogil:
     void copy_line(const char *line, npy_intp ahead, npy_intp n, char *into)
+    void copy_lines(const char *line, npy_intp step, npy_intp count, npy_intp ahead, npy_intp n,
+                    npy_intp together, char *into)
     void prefetch(const char *data, npy_intp n)
     void prefetch_far(const char *data, npy_intp n)
 
@@ -156,6 +158,16 @@ cdef inline void ask_for(Ahead *ahead, int operands, int n, real of_type) noexce
         ahead.data[operand] += size
 
 
+cdef inline void ask_along(Ahead *ahead, real of_type) noexcept nogil:
+    """The same for a vector of two operands, wherever these lie."""
+    cdef int operand
+    if ahead == NULL:
+        return
+    for operand in range(2):
+        prefetch_far(ahead.data[operand], LANES * sizeof(real))
+        ahead.data[operand] += ahead.step[operand]
+
+
 cdef inline npy_intp distance_ahead(npy_intp outer, npy_intp size, int operands) noexcept nogil:
     """Bytes from where a row of this size is read to what is asked for meanwhile: the same row
     further on, or one of those that follow, `outer` bytes apart. Processors' own requests end at
@@ -175,6 +187,7 @@ cdef Ahead *rows_ahead(const Rows *rows, Ahead *ahead) noexcept nogil:
         return NULL
     for operand in range(row.n_operands):
         ahead.data[operand] = row.data[operand] + rows.used * rows.outer[operand]
+        ahead.step[operand] = LANES * row.step[operand]
     return ahead
 
 
@@ -217,7 +230,7 @@ cdef void columns(const Rows *rows, const real **x, const npy_intp *step, int n,
     elif row.family == Family.DISCRETE:
         discrete_columns(x, step, n, groups, together, row.normalize, ahead, into)
     elif rows.in_place:
-        shifted_columns(x, step, n, groups, together, into)
+        categorical_lines(x, step, n, groups, into)
     else:
         for group in range(groups):
             at[0], at[1] = x[0] + group * LANES, x[1] + group * LANES
@@ -309,7 +322,8 @@ cdef void add_shifted(LaneTotals *whole, const LaneParts *part) noexcept nogil:
 
 
 cdef void add_strip(LaneTotals *whole, const LaneParts *part, bint first,
-                    bint own_shifts) noexcept nogil:
+                    bint shifted) noexcept nogil:
+    """`shifted`: relative to a shift and a peak of its own."""
     if first:
         whole.sums = part.sums
         copy(part.shift, whole.shift)
@@ -317,7 +331,7 @@ cdef void add_strip(LaneTotals *whole, const LaneParts *part, bint first,
         clear_lanes(&whole.rests)
         copy(part.sums.rest, whole.rests.drift)
         return
-    if own_shifts:
+    if shifted:
         add_shifted(whole, part)
         return
     add_exactly(whole.sums.weight, part.sums.weight, whole.rests.weight)
@@ -363,11 +377,11 @@ cdef void sum_strip(Band *band, int n, const real **x, const npy_intp *step, int
         group += groups
 
 
-cdef inline int columns_together(const Row *row) noexcept nogil:
-    """Of those that are read where they lie: a run; on AVX-512 half of one where there is less
-    arithmetic to wait in, 0.55 in place of 0.62 ns an element for weights from memory, though from
-    the last cache floats take a tenth less by whole ones."""
-    return RUN if row.family == Family.CATEGORICAL else min(<int> RUN, 64 // LANES)
+cdef inline int columns_together() noexcept nogil:
+    """Of a group, of those that are read where they lie: a run; on AVX-512 half of one, 0.55 in
+    place of 0.62 ns an element for weights from memory, though from the last cache floats take a
+    tenth less by whole ones."""
+    return min(<int> RUN, 64 // LANES)
 
 
 cdef void sum_band(Band *band, real *buffer, const real **x, npy_intp *step,
@@ -375,13 +389,11 @@ cdef void sum_band(Band *band, real *buffer, const real **x, npy_intp *step,
     """The sums of the groups that are wanted."""
     cdef const Row *row = &band.rows.first
     cdef npy_intp start = 0
-    cdef int n, group, together = STRIP
+    cdef int n, group, together = columns_together() if band.rows.in_place else STRIP
     if row.length <= STRIP:
         load_strip(&band.rows, 0, <int> row.length, buffer, x, step)
         sum_strip(band, <int> row.length, x, step, <int> row.length, ahead)
         return
-    if band.rows.in_place:
-        together = columns_together(row)
     while start < row.length:
         n = strip_length(&band.rows, start)
         load_strip(&band.rows, start, n, buffer, x, step)
@@ -389,7 +401,7 @@ cdef void sum_band(Band *band, real *buffer, const real **x, npy_intp *step,
         for group in range(band.rows.groups):
             if band.wanted[group]:
                 add_strip(&band.whole[group], &band.parts[group], start == 0,
-                          row.family == Family.CATEGORICAL and not band.rows.in_place)
+                          row.family == Family.CATEGORICAL)
         start += n
     for group in range(band.rows.groups):
         if band.wanted[group]:
@@ -491,18 +503,6 @@ cdef inline bint all_good(const double *conditions) noexcept nogil:
     return least(conditions) >= 0
 
 
-cdef inline bint choose_again(const Row *row, LaneParts *parts, const double *conditions,
-                              real of_type) noexcept nogil:
-    """Ratios or shifts of badly conditioned rows, as their sums give them; False where that will
-    not do."""
-    if all_good(conditions):
-        return False
-    if row.family == Family.CATEGORICAL:
-        return choose_shifts(parts, conditions, of_type)
-    choose_ratios(parts, conditions)
-    return True
-
-
 cdef inline void begin_parts(LaneParts *parts) noexcept nogil:
     cdef int lane
     parts.scaled = False
@@ -516,6 +516,7 @@ cdef inline void begin_band(Band *band) noexcept nogil:
     cdef int group
     for group in range(band.rows.groups):
         begin_parts(&band.parts[group])
+        fill(band.parts[group].apart, 1.0 if band.rows.first.length > STRIP else 0.0)
         band.wanted[group] = True
 
 
@@ -523,76 +524,23 @@ cdef inline bint can_refine(const Row *row) noexcept nogil:
     return row.family == Family.DISCRETE and row.normalize
 
 
-cdef inline void band_again(Band *band, real *buffer, const real **x, npy_intp *step,
-                            double *values, double *conditions) noexcept nogil:
-    """The values of badly conditioned rows of the groups that are wanted."""
+cdef void refine_band(Band *band, real *buffer, const real **x, npy_intp *step, double *values,
+                      double *conditions) noexcept nogil:
+    """Badly conditioned rows again, with the ratios that their sums give."""
     cdef int group
+    cdef bint refine = False
+    for group in range(band.rows.groups):
+        band.wanted[group] = not all_good(conditions + group * LANES)
+        if band.wanted[group]:
+            choose_ratios(&band.parts[group], conditions + group * LANES)
+            refine = True
+    if not refine:
+        return
     sum_band(band, buffer, x, step, NULL)
     for group in range(band.rows.groups):
         if band.wanted[group]:
             finish_again(&band.rows.first, &band.parts[group], values + group * LANES,
                          conditions + group * LANES)
-
-
-cdef void refine_band(Band *band, real *buffer, const real **x, npy_intp *step, double *values,
-                      double *conditions) noexcept nogil:
-    """Badly conditioned rows again, with what their sums gave."""
-    cdef int group
-    cdef bint refine = False
-    for group in range(band.rows.groups):
-        band.wanted[group] = choose_again(
-            &band.rows.first, &band.parts[group], conditions + group * LANES, <real> 0)
-        refine |= band.wanted[group]
-    if refine:
-        band_again(band, buffer, x, step, values, conditions)
-
-
-# Long columns of categoricals, read in place: all terms of a row are relative to one shift. What
-# that will not do for is copied, strip by strip, each relative to a shift of its own.
-
-cdef void begin_shifts(Band *band, real of_type) noexcept nogil:
-    cdef const Row *row = &band.rows.first
-    cdef const real *x[2]
-    cdef npy_intp step[2]
-    cdef int group, operand
-    for operand in range(2):
-        x[operand] = <const real *> row.data[operand]
-        step[operand] = row.step[operand] // <npy_intp> sizeof(real)
-    for group in range(band.rows.groups):
-        band.wanted[group] = guess_shifts(x, step, &band.parts[group])
-        clear_lanes(&band.parts[group].sums)
-        x[0], x[1] = x[0] + LANES, x[1] + LANES
-
-
-cdef void copy_part(Band *band, int first, real *buffer, const real **x, npy_intp *step,
-                    double *values, double *conditions) noexcept nogil:
-    """Copies of a part of the band, which begins with the group `first`."""
-    cdef int group, operand
-    cdef bint again = False
-    for group in range(band.rows.groups):
-        band.wanted[group] = not all_good(conditions + (first + group) * LANES)
-        again |= band.wanted[group]
-    if not again:
-        return
-    for operand in range(2):
-        band.rows.first.data[operand] += first * LANES * <npy_intp> sizeof(real)
-    for group in range(band.rows.groups):
-        copy(band.parts[first + group].beta, band.parts[group].beta)
-        begin_parts(&band.parts[group])
-    band_again(band, buffer, x, step, values + first * LANES, conditions + first * LANES)
-
-
-cdef void copy_band(Band *band, real *buffer, const real **x, npy_intp *step, double *values,
-                    double *conditions) noexcept nogil:
-    """Rows again that are badly conditioned still: copies, strip by strip."""
-    cdef Rows rows = band.rows
-    cdef int first = 0, most = most_copied(2, rows.first.length, <real> 0)
-    while first < rows.groups:
-        band.rows = rows
-        band.rows.groups, band.rows.in_place = min(most, rows.groups - first), False
-        copy_part(band, first, buffer, x, step, values, conditions)
-        first += most
-    band.rows = rows
 
 
 cdef void band_values(Band *band, double *values, double *conditions, real of_type) noexcept nogil:
@@ -604,14 +552,9 @@ cdef void band_values(Band *band, double *values, double *conditions, real of_ty
     cdef npy_intp step[MAX_OPERANDS]
     cdef Ahead next_band
     cdef Ahead *ahead = rows_ahead(&band.rows, &next_band)
-    cdef bint shifted = band.rows.in_place and row.family == Family.CATEGORICAL
     begin_band(band)
-    if shifted:
-        begin_shifts(band, of_type)
     if not sum_gapless(band, of_type):
         sum_band(band, <real *> buffer, x, step, ahead)
     finish_lanes(row, band.parts, band.rows.groups, values, conditions)
-    if shifted or can_refine(row):
+    if can_refine(row):
         refine_band(band, <real *> buffer, x, step, values, conditions)
-    if shifted:
-        copy_band(band, <real *> buffer, x, step, values, conditions)

@@ -10,9 +10,7 @@ Where P and Q are far apart nothing cancels either in
 whose sums are taken beside those that give c; their errors, 3e-7 + 4e-7 E_P|a - b| in float32, are
 small beside it.
 
-Long columns with T = 1 and plain weights take one shift for all of a row, so that an element is
-read once, where it lies: a guess by the first elements, then, where that leaves the sums badly
-conditioned, E_P[a - b]. Others are copied strip by strip, each relative to a shift of its own.
+Columns longer than a strip are summed strip by strip, each relative to a shift of its own.
 
 An exponent that is rounded to half an ulp costs e^x a relative error of |x| eps/2. Loops from the
 plainest, the first that is good enough for a block:
@@ -29,9 +27,9 @@ from gufunc cimport Watch, is_unwanted
 from libc.math cimport exp as libm_exp, expm1 as libm_expm1, log, sqrt
 from numpy cimport npy_intp
 from sums cimport (
-    LANES, LONG_BLOCK, MAX_GROUPS, STRIP, Ahead, LaneParts, LaneSums, Row, Slope, Sums, Trait,
-    across, add, clear, clear_lanes, copy, divergence_of, element, fill, fold, keep_from, largest,
-    least, round_off, run_length, two_sum,
+    LANES, LONG_BLOCK, STRIP, Ahead, LaneParts, LaneSums, Row, Slope, Sums, Trait,
+    across, add, clear, clear_lanes, copy, divergence_of, element, fill, fold, full_run, keep_from,
+    largest, least, round_off, run_length, two_sum,
 )
 from vecmath cimport (
     INFINITY, NAN, exp, expm1, larger, magnitude, phi, phi_near, real, residual_product,
@@ -175,7 +173,7 @@ cdef inline void weigh_run(int loop, bint both, const real *a, const real *b, np
     for lane in range(LANES):
         total[lane] = moment[lane] = square[lane] = other[lane] = 0
     for i in range(n):
-        ask_for(ahead, 2, 1, <real> 0)
+        ask_along(ahead, <real> 0)
         for lane in range(LANES):
             x = a[i * step_a + lane]
             weight[lane] = weight_of(loop, x, constants, lane)
@@ -459,15 +457,24 @@ cdef void range_of(const real *a, int n, double *lowest, double *highest) noexce
         lowest[0], highest[0] = smaller(least(low), lowest[0]), larger(largest(high), highest[0])
 
 
-cdef inline double far_divergence(const Weighed *lanes, const real *extremes) noexcept nogil:
-    """sum e^a phi(y) of a block for c = E_P[a - b], which makes it e^c sum e^b - sum e^a; 0 where
-    that will not do: P and Q are too close to each other, or e^b out of range."""
-    cdef double weight = across(lanes.weight), square = across(lanes.square) / weight, other
+cdef inline double far_divergence(double weight, double moment, double square,
+                                  double other) noexcept nogil:
+    """sum e^a phi(y) for c = E_P[a - b], which makes it e^c sum e^b - sum e^a; 0 where P and Q are
+    too close to each other for that: KL < (1 + sqrt(E_P[(a - b)^2]))/2, which leaves errors of 8e-7
+    in float32. Branch-free."""
+    cdef double share = 1 / weight
+    cdef double grown = other * exp(moment * share, 0.0)
+    cdef double least_grown = weight * exp(0.5 + 0.5 * sqrt(square * share), 0.0)
+    return grown - weight if grown > least_grown else 0
+
+
+cdef inline double far_block(const Weighed *lanes, const real *extremes) noexcept nogil:
+    """The same of one row; 0 also where e^b is out of range."""
     cdef double limit = offset_limit(extremes[0])
     if not (largest(extremes + HIGHEST) < limit and -least(extremes + LOWEST) < limit):
         return 0
-    other = across(lanes.other) * exp(across(lanes.moment) / weight, 0.0)
-    return other - weight if other > weight * exp(0.5 + 0.66 * sqrt(square), 0.0) else 0
+    return far_divergence(across(lanes.weight), across(lanes.moment), across(lanes.square),
+                          across(lanes.other))
 
 
 cdef inline bint weigh_plainly(const real **x, int n, bint far, const real *constants,
@@ -484,13 +491,13 @@ cdef inline bint weigh_plainly(const real **x, int n, bint far, const real *cons
                    extremes, ahead, sums)
         if not largest(extremes + REACH) < limit:
             return False
-        both = far_divergence(sums, extremes) > 0
+        both = far_block(sums, extremes) > 0
     weigh_loop(Loop.PLAIN, both, x[0] + begin * LANES, x[1] + begin * LANES, LANES, LANES,
                steps - begin, (LANES - n % LANES) % LANES, constants, weights + begin * LANES,
                extremes, ahead, sums)
     if not largest(extremes + REACH) < limit:
         return False
-    divergence[0] = far_divergence(sums, extremes) if both else 0
+    divergence[0] = far_block(sums, extremes) if both else 0
     return True
 
 
@@ -535,6 +542,7 @@ cdef void categorical_block(const real **x, const npy_intp *outer, int n, double
     for operand in range(2):
         ahead.data[operand] = <const char *> x[operand] + distance_ahead(
             outer[operand], n * sizeof(real), 2)
+        ahead.step[operand] = LANES * sizeof(real)
     fill(&constants[PEAK], <real> 0)
     fill(&constants[BETA], <real> beta)
     fill(&constants[BETA_REST], <real> (beta - <real> beta))
@@ -581,31 +589,111 @@ cdef int choose_peaks(const real **x, const npy_intp *step, int n, int *loops, r
     return widest
 
 
-cdef int weigh_columns(const real **x, const npy_intp *step, int n, int *loops, real *constants,
-                       real *weights, Ahead *ahead, LaneParts *into) noexcept nogil:
-    """The first phase of LANES rows, and the shifts that it gives. Returns the loop for them."""
-    cdef real extremes[EXTREMES]
+ctypedef struct Far:          # of LANES rows
+    double divergence[LANES]  # 0 where P and Q are not far from each other
+    double shift[LANES]
+
+
+cdef inline void ask_apart(const LaneParts *parts, double *asked) noexcept nogil:
+    """1 for the rows of which e^b is wanted, too."""
+    cdef int lane
+    for lane in range(LANES):
+        asked[lane] = parts.apart[lane] if parts.beta[lane] == 1 else 0
+
+
+cdef void find_far(const Weighed *lanes, const real *extremes, const LaneParts *parts,
+                   Far *into) noexcept nogil:
+    """Divergences by far_divergence, of the rows for which these were asked."""
+    cdef int lane
+    cdef double limit = offset_limit(extremes[0]), divergence
+    cdef double asked[LANES]
+    ask_apart(parts, asked)
+    for lane in range(LANES):
+        into.shift[lane] = lanes.moment[lane] / lanes.weight[lane]
+        divergence = far_divergence(
+            lanes.weight[lane], lanes.moment[lane], lanes.square[lane], lanes.other[lane])
+        divergence = divergence if <double> extremes[REACH + lane] < limit else 0
+        divergence = divergence if <double> extremes[HIGHEST + lane] < limit else 0
+        divergence = divergence if -<double> extremes[LOWEST + lane] < limit else 0
+        into.divergence[lane] = divergence if asked[lane] > 0 else 0
+
+
+cdef inline void go_along(const Far *far, double *farthest) noexcept nogil:
+    """Rows far apart are done: what their terms are like does not decide on a loop."""
+    cdef int lane
+    cdef double most = 0
+    for lane in range(LANES):
+        most = larger(0.0 if far.divergence[lane] > 0 else farthest[lane], most)
+    for lane in range(LANES):
+        farthest[lane] = most if far.divergence[lane] > 0 else farthest[lane]
+
+
+cdef inline void take_far(const Far *far, LaneParts *into) noexcept nogil:
+    cdef int lane
+    cdef bint done
+    for lane in range(LANES):
+        done = far.divergence[lane] > 0
+        into.shift[lane] = far.shift[lane] if done else into.shift[lane]
+        into.sums.divergence[lane] = (
+            far.divergence[lane] if done else into.sums.divergence[lane])
+        into.sums.drift[lane] = 0 if done else into.sums.drift[lane]
+
+
+cdef inline void note_apart(const real *extremes, LaneParts *into) noexcept nogil:
+    """For the next strip: where a - b spans less, P and Q are hardly far from each other."""
+    cdef int lane
+    cdef double widest_close = 12
+    for lane in range(LANES):
+        into.apart[lane] = (
+            1 if extremes[HIGHEST + lane] - extremes[LOWEST + lane] > widest_close else 0)
+
+
+cdef enum Sort:              # what the plain loop is to find
+    NOTHING                   # T is 1 in none of LANES rows
+    WEIGHTS
+    BOTH                      # e^b, too
+
+
+cdef int sort_of(const LaneParts *parts) noexcept nogil:
+    cdef double offset[LANES]
+    cdef double asked[LANES]
+    cdef int lane
+    for lane in range(LANES):
+        offset[lane] = magnitude(parts.beta[lane] - 1)
+    ask_apart(parts, asked)
+    if least(offset) > 0:
+        return Sort.NOTHING
+    return Sort.BOTH if largest(asked) > 0 else Sort.WEIGHTS
+
+
+cdef inline void weigh_sort(int sort, const real **x, const npy_intp *step, int n, real *weights,
+                            real *extremes, Ahead *ahead, Weighed *sums) noexcept nogil:
+    """Add the weights of n elements of each of LANES rows by the plain loop."""
+    if sort != Sort.NOTHING:
+        weigh_loop(Loop.PLAIN, sort == Sort.BOTH, x[0], x[1], step[0], step[1], n, 0,
+                   <const real *> NULL, weights, extremes, ahead, sums)
+
+
+cdef int choose_shifts(const real **x, const npy_intp *step, int n, int *loops, real *constants,
+                       real *weights, real *extremes, Weighed *sums,
+                       LaneParts *into) noexcept nogil:
+    """The shifts that the weights of LANES rows lead to, found again where the plain loop will not
+    do. Returns the loop of the weights."""
     cdef real high_b[LANES]
     cdef real *low = extremes + LOWEST
     cdef real *high = extremes + HIGHEST
-    cdef Weighed sums
     cdef int lane, loop = Loop.PLAIN
-    cdef bint plain = least(into.beta) == 1 and largest(into.beta) == 1
     fill(high_b, <real> 0)
     for lane in range(LANES):
         loops[lane], into.peak[lane], constants[PEAK + lane] = Loop.PLAIN, 0, 0
         constants[BETA + lane] = <real> into.beta[lane]
         constants[BETA_REST + lane] = <real> (into.beta[lane] - <real> into.beta[lane])
-    if plain:
-        weigh_nothing(extremes, &sums)
-        weigh_loop(Loop.PLAIN, False, x[0], x[1], step[0], step[1], n, 0, constants, weights,
-                   extremes, ahead, &sums)
-        plain = largest(extremes + REACH) < offset_limit(extremes[0])
-    if not plain:
+    if not (least(into.beta) == 1 and largest(into.beta) == 1
+            and largest(extremes + REACH) < offset_limit(extremes[0])):
         loop = choose_peaks(x, step, n, loops, constants, high_b, into)
-        weigh_nothing(extremes, &sums)
+        weigh_nothing(extremes, sums)
         weigh_loop(loop, False, x[0], x[1], step[0], step[1], n, 0, constants, weights, extremes,
-                   NULL, &sums)
+                   NULL, sums)
     copy(sums.weight, into.sums.weight)
     for lane in range(LANES):
         into.shift[lane] = choose_shift(
@@ -652,125 +740,114 @@ cdef void diverge_columns(const real **x, const npy_intp *step, int n, int *loop
                     into.doubtful[lane] = 1
 
 
-cdef void categorical_columns(const real **x, const npy_intp *step, int n, Ahead *ahead,
-                              LaneParts *into) noexcept nogil:
-    """The sums of n <= STRIP elements of each of LANES rows, relative to a shift and a peak of each
-    row's own; elements lie `step` apart. A row's bits do not depend on its neighbours."""
-    cdef real weights[STRIP * LANES]
+cdef void finish_columns(const real **x, const npy_intp *step, int n, real *weights,
+                         real *extremes, Weighed *sums, const Far *far,
+                         LaneParts *into) noexcept nogil:
+    """The sums of n <= STRIP elements of each of LANES rows, from their weights by the plain loop,
+    which are overwritten where that will not do. `far`: NULL where it was not looked for."""
     cdef real constants[CONSTANTS]
     cdef real infinite[LANES]
     cdef int loops[LANES]
+    cdef int loop = choose_shifts(x, step, n, loops, constants, weights, extremes, sums, into)
     cdef int common = Loop.FAR
+    if far != NULL and least(far.divergence) > 0:
+        take_far(far, into)
+        return
+    if far != NULL:
+        go_along(far, into.farthest)
     fill(infinite, <real> 0)
-    if weigh_columns(x, step, n, loops, constants, weights, ahead, into) == Loop.PLAIN:
+    if loop == Loop.PLAIN:
         common = common_loop(Loop.PLAIN, into.farthest, <real> 0)
     if common == Loop.FAR:
         diverge_columns(x, step, n, loops, weights, constants, infinite, into)
     else:
         diverge_loop(common, True, x[0], x[1], step[0], step[1], n, 0, weights, constants,
                      infinite, &into.sums)
+    if far != NULL:
+        take_far(far, into)
 
 
-# Both phases in one, relative to shifts that are given, with the terms of the unit loop.
+cdef void categorical_columns(const real **x, const npy_intp *step, int n, Ahead *ahead,
+                              LaneParts *into) noexcept nogil:
+    """The sums of n <= STRIP elements of each of LANES rows, relative to a shift and a peak of each
+    row's own; elements lie `step` apart. A row's bits do not depend on its neighbours."""
+    cdef real weights[STRIP * LANES]
+    cdef real extremes[EXTREMES]
+    cdef Weighed sums
+    weigh_nothing(extremes, &sums)
+    weigh_sort(sort_of(into), x, step, n, weights, extremes, ahead, &sums)
+    finish_columns(x, step, n, weights, extremes, &sums, NULL, into)
+
+
+# Long columns: those of a line at a time, copied: lines a power of two apart would evict each other
+# before they are read again.
 
 cdef enum:
-    GUESSED = 32             # elements that a shift is guessed by
+    LINE_BYTES = 128         # processors fetch lines of 64 in pairs
+    LINE_GROUPS = LINE_BYTES / 4 / LANES
+    RUNS_TOGETHER = 3        # of floats, whole ones: the same sums as of all at once
 
 
-cdef bint guess_shifts(const real **x, const npy_intp *step, LaneParts *into) noexcept nogil:
-    """E_P[a - b] of the first elements of each of LANES rows. Those whose weights are not plain are
-    in doubt; False if all are."""
-    cdef real weights[GUESSED * LANES]
-    cdef real constants[CONSTANTS]
-    cdef int loops[LANES]
-    cdef int lane
-    weigh_columns(x, step, GUESSED, loops, constants, weights, NULL, into)
-    for lane in range(LANES):
-        into.peak[lane] = 0
-        into.doubtful[lane] = 0 if loops[lane] == Loop.PLAIN else 1
-    return least(into.doubtful) == 0
+cdef inline int groups_of_line(real of_type) noexcept nogil:
+    return LINE_BYTES // LANES // <int> sizeof(real)
 
 
-cdef inline void shifted_run(const real *a, const real *b, npy_intp step_a, npy_intp step_b, int n,
-                             const real *shifts, real *reach_so_far, real *farthest_so_far,
-                             LaneSums *into) noexcept nogil:
-    """Add n terms of each lane."""
-    cdef int lane, i
-    cdef real x, y, y_rest, p
-    cdef real shift[LANES]
-    cdef real weight[LANES]
-    cdef real divergence[LANES]
-    cdef real drift[LANES]
-    cdef real reach[LANES]
-    cdef real farthest[LANES]
-    copy(shifts, shift)
-    copy(reach_so_far, reach)
-    copy(farthest_so_far, farthest)
-    for lane in range(LANES):
-        weight[lane] = divergence[lane] = drift[lane] = 0
-    for i in range(n):
-        for lane in range(LANES):
-            x = a[i * step_a + lane]
-            y = gap(x, b[i * step_b + lane], shift[lane], &y_rest)
-            p = exp(x, <real> 0)
-            weight[lane] += p
-            divergence[lane] += p * phi(y, y_rest)
-            drift[lane] += p * y
-            reach[lane] = larger(magnitude(x), reach[lane])
-            farthest[lane] = larger(magnitude(y), farthest[lane])
-    copy(reach, reach_so_far)
-    copy(farthest, farthest_so_far)
-    fold(weight, into.weight)
-    fold(divergence, into.divergence)
-    fold(drift, into.drift)
+cdef inline Ahead *lines_ahead(const real **x, const npy_intp *step, int group, npy_intp row,
+                               Ahead *ahead) noexcept nogil:
+    """What to ask for beside a group: of both operands, if it is as wide as a line; else both halves
+    of P's lines beside the first group, of Q's beside the second: a pair at once takes half the
+    time of one half here, one there."""
+    cdef int i, halves = 2 if LANES * sizeof(real) < LINE_BYTES else 1, operand
+    if group >= halves:
+        return NULL
+    for i in range(2):
+        operand = i if halves == 1 else group
+        ahead.step[i] = step[operand] * sizeof(real)
+        ahead.data[i] = <const char *> (x[operand] + row * step[operand]) + i * (halves - 1) * 64
+    return ahead
 
 
-cdef void shifted_columns(const real **x, const npy_intp *step, int n, int groups, int together,
-                          LaneParts *into) noexcept nogil:
-    """Add n elements of each of LANES rows; elements lie `step` apart. Groups side by side:
-    `together` elements of each group, then the next."""
-    cdef real shifts[MAX_GROUPS * LANES]
-    cdef real reach[MAX_GROUPS * LANES]
-    cdef real farthest[MAX_GROUPS * LANES]
-    cdef const real *a = x[0]
-    cdef const real *b = x[1]
-    cdef int lane, group, at, count, start = 0
-    cdef bint good
+cdef void categorical_lines(const real **x, const npy_intp *step, int n, int groups,
+                            LaneParts *into) noexcept nogil:
+    """As categorical_columns, of groups that lie side by side."""
+    cdef real copies[2 * STRIP * LINE_GROUPS * LANES]
+    cdef real weights[LINE_GROUPS * STRIP * LANES]
+    cdef real extremes[LINE_GROUPS * EXTREMES]
+    cdef Weighed sums[LINE_GROUPS]
+    cdef int sorts[LINE_GROUPS]
+    cdef const real *at[2]
+    cdef npy_intp steps[2]
+    cdef Ahead ahead
+    cdef Far far
+    cdef int rows_ahead = full_run(RUNS_TOGETHER, <real> 0)
+    cdef int group, operand, count, start = 0, width = groups * LANES
+    steps[0] = steps[1] = width
     for group in range(groups):
-        for lane in range(LANES):
-            shifts[group * LANES + lane] = <real> into[group].shift[lane]
-        fill(reach + group * LANES, <real> 0)
-        fill(farthest + group * LANES, <real> 0)
+        weigh_nothing(extremes + group * EXTREMES, &sums[group])
+        sorts[group] = sort_of(&into[group])
     while start < n:
-        count = min(together, n - start)
+        count = run_length(n - start, RUNS_TOGETHER, <real> 0)
+        for operand in range(2):
+            copy_lines(<const char *> (x[operand] + start * step[operand]),
+                       step[operand] * sizeof(real), count,
+                       rows_ahead * step[operand] * sizeof(real) * (sorts[0] == Sort.NOTHING),
+                       width * sizeof(real), LINE_BYTES,
+                       <char *> (copies + (operand * n + start) * width))
         for group in range(groups):
-            at = group * LANES
-            prefetch_columns(a + at, step[0], count, together)
-            prefetch_columns(b + at, step[1], count, together)
-            shifted_run(a + at, b + at, step[0], step[1], count, shifts + at, reach + at,
-                        farthest + at, &into[group].sums)
-        a, b, start = a + count * step[0], b + count * step[1], start + count
+            for operand in range(2):
+                at[operand] = copies + (operand * n + start) * width + group * LANES
+            weigh_sort(sorts[group], at, steps, count, weights + (group * STRIP + start) * LANES,
+                       extremes + group * EXTREMES,
+                       lines_ahead(x, step, group, start + rows_ahead, &ahead), &sums[group])
+        start += count
     for group in range(groups):
-        at = group * LANES
-        for lane in range(LANES):
-            good = (reach[at + lane] < offset_limit(reach[0])
-                    and farthest[at + lane] < safe_exponent(reach[0]))
-            into[group].doubtful[lane] = into[group].doubtful[lane] if good else 1
-
-
-cdef bint choose_shifts(LaneParts *parts, const double *conditions, real of_type) noexcept nogil:
-    """E_P[a - b] of rows with a negative condition, by their sums; False where no sums are any
-    good."""
-    cdef bint found = False
-    cdef double shift
-    cdef int lane
-    for lane in range(LANES):
-        if conditions[lane] < 0 and parts.doubtful[lane] == 0:
-            shift = parts.shift[lane] - parts.sums.drift[lane] / parts.sums.weight[lane]
-            if shift - shift == 0:
-                parts.shift[lane] = <double> <real> shift
-                found = True
-    return found
+        for operand in range(2):
+            at[operand] = copies + operand * n * width + group * LANES
+        if sorts[group] == Sort.BOTH:
+            find_far(&sums[group], extremes + group * EXTREMES, &into[group], &far)
+        note_apart(extremes + group * EXTREMES, &into[group])
+        finish_columns(at, steps, n, weights + group * STRIP * LANES, extremes + group * EXTREMES,
+                       &sums[group], &far if sorts[group] == Sort.BOTH else NULL, &into[group])
 
 
 cdef inline double peak_of(const Row *row, Watch *watch, int operand) noexcept nogil:

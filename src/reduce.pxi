@@ -254,7 +254,7 @@ cdef inline int most_groups(const Batch *batch, const Kernel *kernel, real of_ty
     many as the first cache holds easily, beside those that were asked for. Of normals, few: while
     terms are added up, none comes from memory."""
     if are_read_in_place(batch, kernel, of_type):
-        return MAX_GROUPS
+        return groups_of_line(of_type) if kernel.family == Family.CATEGORICAL else MAX_GROUPS
     if lie_in_columns(batch, kernel, of_type):
         return most_copied(row_operands(kernel), max(<npy_intp> 1, batch.core[0]), of_type)
     cdef npy_intp length = max(<npy_intp> 1, batch.core[0])

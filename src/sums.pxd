@@ -86,12 +86,14 @@ ctypedef struct LaneParts:      # of LANES rows: a part of each
     double peak[LANES]
     double beta[LANES]          # categorical: 1/T
     double farthest[LANES]      # categorical: the largest |y|
+    double apart[LANES]         # categorical: 1 where P and Q may be far from each other, or 0
     double ratio[LANES]         # discrete: q' = ratio q
     bint scaled                 # whether any is not 1
     double doubtful[LANES]      # 0 or 1, for vectors
 
 ctypedef struct Ahead:          # what comes later, to be asked for along the way
     const char *data[MAX_OPERANDS]
+    npy_intp step[MAX_OPERANDS] # categorical: bytes from one vector to the next
 
 
 ctypedef struct Slope:          # what the gradients of a row's elements are made of

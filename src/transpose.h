@@ -34,16 +34,34 @@ static inline void copy_32(const char *from, char *into) {
 #else
 static inline void copy_32(const char *from, char *into) { memcpy(into, from, 32); }
 #endif
+#if defined(__AVX512F__)
+static inline void copy_64(const char *from, char *into) {
+    _mm512_storeu_si512(into, _mm512_loadu_si512(from));
+}
+#else
+static inline void copy_64(const char *from, char *into) {
+    copy_32(from, into);
+    copy_32(from + 32, into + 32);
+}
+#endif
 
-/* Copy a line of n bytes, a multiple of 32, and ask for the one that is `ahead`. */
+/* Copy a line of n bytes, a multiple of 32, and ask for the one that is `ahead`, unless that is 0. */
 static inline void copy_line(const char *line, ptrdiff_t ahead, ptrdiff_t n, char *into) {
     ptrdiff_t i = 0;
     for (; i + 64 <= n; i += 64) {
-        prefetch_far(line + ahead + i, 64);
-        copy_32(line + i, into + i);
-        copy_32(line + i + 32, into + i + 32);
+        if (ahead) prefetch_far(line + ahead + i, 64);
+        copy_64(line + i, into + i);
     }
     if (i < n) copy_32(line + i, into + i);
+}
+
+/* So many lines, `step` bytes apart, one after the other; `together` bytes, as most have, in a loop
+ * of its own. */
+static inline void copy_lines(const char *line, ptrdiff_t step, ptrdiff_t count, ptrdiff_t ahead,
+                              ptrdiff_t n, ptrdiff_t together, char *into) {
+    for (; n == together && count > 0; count--, line += step, into += together)
+        copy_line(line, ahead, together, into);
+    for (; count > 0; count--, line += step, into += n) copy_line(line, ahead, n, into);
 }
 
 #if defined(__AVX__)
