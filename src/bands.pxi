@@ -220,8 +220,9 @@ cdef void load_strip(const Rows *rows, npy_intp start, int n, real *buffer, cons
 
 
 cdef void columns(const Rows *rows, const real **x, const npy_intp *step, int n, int groups,
-                  int together, Ahead *ahead, LaneParts *into) noexcept nogil:
-    """Add n columns of groups that lie side by side: `together` of each group, then the next."""
+                  int together, real *buffer, Ahead *ahead, LaneParts *into) noexcept nogil:
+    """Add n columns of groups that lie side by side: `together` of each group, then the next. The
+    buffer is free where rows are read in place."""
     cdef const Row *row = &rows.first
     cdef const real *at[2]
     cdef int group
@@ -230,7 +231,7 @@ cdef void columns(const Rows *rows, const real **x, const npy_intp *step, int n,
     elif row.family == Family.DISCRETE:
         discrete_columns(x, step, n, groups, together, row.normalize, ahead, into)
     elif rows.in_place:
-        categorical_lines(x, step, n, groups, into)
+        categorical_lines(x, step, n, groups, buffer, into)
     else:
         for group in range(groups):
             at[0], at[1] = x[0] + group * LANES, x[1] + group * LANES
@@ -363,7 +364,7 @@ cdef inline bint all_wanted(const Band *band) noexcept nogil:
 
 
 cdef void sum_strip(Band *band, int n, const real **x, const npy_intp *step, int together,
-                    Ahead *ahead) noexcept nogil:
+                    real *buffer, Ahead *ahead) noexcept nogil:
     """The sums of n columns, of the groups that are wanted."""
     cdef const real *at[MAX_OPERANDS]
     cdef int i, group = 0, operand, groups = band.rows.groups if all_wanted(band) else 1
@@ -373,7 +374,7 @@ cdef void sum_strip(Band *band, int n, const real **x, const npy_intp *step, int
                 at[operand] = x[operand] + group * LANES
             for i in range(group, group + groups):
                 clear_lanes(&band.parts[i].sums)
-            columns(&band.rows, at, step, n, groups, together, ahead, &band.parts[group])
+            columns(&band.rows, at, step, n, groups, together, buffer, ahead, &band.parts[group])
         group += groups
 
 
@@ -392,12 +393,12 @@ cdef void sum_band(Band *band, real *buffer, const real **x, npy_intp *step,
     cdef int n, group, together = columns_together() if band.rows.in_place else STRIP
     if row.length <= STRIP:
         load_strip(&band.rows, 0, <int> row.length, buffer, x, step)
-        sum_strip(band, <int> row.length, x, step, <int> row.length, ahead)
+        sum_strip(band, <int> row.length, x, step, <int> row.length, buffer, ahead)
         return
     while start < row.length:
         n = strip_length(&band.rows, start)
         load_strip(&band.rows, start, n, buffer, x, step)
-        sum_strip(band, n, x, step, together, NULL)
+        sum_strip(band, n, x, step, together, buffer, NULL)
         for group in range(band.rows.groups):
             if band.wanted[group]:
                 add_strip(&band.whole[group], &band.parts[group], start == 0,

@@ -24,10 +24,10 @@ no second part while |c| is not much larger than y is on average.
 """
 
 from gufunc cimport Watch, is_unwanted
-from libc.math cimport exp as libm_exp, expm1 as libm_expm1, log, sqrt
+from libc.math cimport exp as libm_exp, log, sqrt
 from numpy cimport npy_intp
 from sums cimport (
-    LANES, LONG_BLOCK, STRIP, Ahead, LaneParts, LaneSums, Row, Slope, Sums, Trait,
+    COPY_BYTES, LANES, LONG_BLOCK, STRIP, Ahead, LaneParts, LaneSums, Row, Slope, Sums, Trait,
     across, add, clear, clear_lanes, copy, divergence_of, element, fill, fold, full_run, keep_from,
     largest, least, round_off, run_length, two_sum,
 )
@@ -779,42 +779,41 @@ cdef void categorical_columns(const real **x, const npy_intp *step, int n, Ahead
     finish_columns(x, step, n, weights, extremes, &sums, NULL, into)
 
 
-# Long columns: those of a line at a time, copied: lines a power of two apart would evict each other
-# before they are read again.
+# Long columns: copied, as lines a power of two apart would evict each other before they are read
+# again; wide lines, as from memory narrow ones take longer.
 
 cdef enum:
-    LINE_BYTES = 128         # processors fetch lines of 64 in pairs
-    LINE_GROUPS = LINE_BYTES / 4 / LANES
+    PAIR_BYTES = 128         # processors fetch lines of 64 in pairs
+    MOST_COPIED = COPY_BYTES / 2 / STRIP / 4 / LANES  # groups of LANES floats
     RUNS_TOGETHER = 3        # of floats, whole ones: the same sums as of all at once
-
-
-cdef inline int groups_of_line(real of_type) noexcept nogil:
-    return LINE_BYTES // LANES // <int> sizeof(real)
 
 
 cdef inline Ahead *lines_ahead(const real **x, const npy_intp *step, int group, npy_intp row,
                                Ahead *ahead) noexcept nogil:
-    """What to ask for beside a group: of both operands, if it is as wide as a line; else both halves
-    of P's lines beside the first group, of Q's beside the second: a pair at once takes half the
-    time of one half here, one there."""
-    cdef int i, halves = 2 if LANES * sizeof(real) < LINE_BYTES else 1, operand
-    if group >= halves:
+    """What to ask for beside a group: a pair of lines of both operands, if it is as wide; else P's
+    pair beside its first half, Q's beside its second: both halves at once take half the time of one
+    here, one there."""
+    cdef int halves = 2 if LANES * sizeof(real) < PAIR_BYTES else 1
+    cdef int pair = group * LANES * <int> sizeof(real) // PAIR_BYTES
+    cdef int part = group - pair * PAIR_BYTES // (LANES * <int> sizeof(real)), i, operand
+    if part >= halves:
         return NULL
     for i in range(2):
-        operand = i if halves == 1 else group
+        operand = i if halves == 1 else part
         ahead.step[i] = step[operand] * sizeof(real)
-        ahead.data[i] = <const char *> (x[operand] + row * step[operand]) + i * (halves - 1) * 64
+        ahead.data[i] = <const char *> (x[operand] + row * step[operand]) + (
+            pair * PAIR_BYTES + i * (halves - 1) * 64)
     return ahead
 
 
-cdef void categorical_lines(const real **x, const npy_intp *step, int n, int groups,
+cdef void categorical_lines(const real **x, const npy_intp *step, int n, int groups, real *copies,
                             LaneParts *into) noexcept nogil:
     """As categorical_columns, of groups that lie side by side."""
-    cdef real copies[2 * STRIP * LINE_GROUPS * LANES]
-    cdef real weights[LINE_GROUPS * STRIP * LANES]
-    cdef real extremes[LINE_GROUPS * EXTREMES]
-    cdef Weighed sums[LINE_GROUPS]
-    cdef int sorts[LINE_GROUPS]
+    cdef double room[COPY_BYTES / 2 / 8]
+    cdef real *weights = <real *> room
+    cdef real extremes[MOST_COPIED * EXTREMES]
+    cdef Weighed sums[MOST_COPIED]
+    cdef int sorts[MOST_COPIED]
     cdef const real *at[2]
     cdef npy_intp steps[2]
     cdef Ahead ahead
@@ -831,7 +830,7 @@ cdef void categorical_lines(const real **x, const npy_intp *step, int n, int gro
             copy_lines(<const char *> (x[operand] + start * step[operand]),
                        step[operand] * sizeof(real), count,
                        rows_ahead * step[operand] * sizeof(real) * (sorts[0] == Sort.NOTHING),
-                       width * sizeof(real), LINE_BYTES,
+                       width * sizeof(real), COPY_BYTES / 2 / STRIP,
                        <char *> (copies + (operand * n + start) * width))
         for group in range(groups):
             for operand in range(2):

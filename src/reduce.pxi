@@ -253,8 +253,8 @@ cdef inline int most_groups(const Batch *batch, const Kernel *kernel, real of_ty
     """All columns that are read in place; copied ones, as many as the buffer holds; short rows, as
     many as the first cache holds easily, beside those that were asked for. Of normals, few: while
     terms are added up, none comes from memory."""
-    if are_read_in_place(batch, kernel, of_type):
-        return groups_of_line(of_type) if kernel.family == Family.CATEGORICAL else MAX_GROUPS
+    if are_read_in_place(batch, kernel, of_type) and kernel.family != Family.CATEGORICAL:
+        return MAX_GROUPS
     if lie_in_columns(batch, kernel, of_type):
         return most_copied(row_operands(kernel), max(<npy_intp> 1, batch.core[0]), of_type)
     cdef npy_intp length = max(<npy_intp> 1, batch.core[0])
