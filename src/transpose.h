@@ -45,7 +45,7 @@ static inline void copy_64(const char *from, char *into) {
 }
 #endif
 
-/* Copy a line of n bytes, a multiple of 32, and ask for the one that is `ahead`, unless that is 0. */
+/* Copy a line of n bytes, a multiple of 32; ask for the one that is `ahead`, if that is not 0. */
 static inline void copy_line(const char *line, ptrdiff_t ahead, ptrdiff_t n, char *into) {
     ptrdiff_t i = 0;
     for (; i + 64 <= n; i += 64) {
