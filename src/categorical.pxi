@@ -648,13 +648,13 @@ cdef inline void note_apart(const real *extremes, LaneParts *into) noexcept nogi
             1 if extremes[HIGHEST + lane] - extremes[LOWEST + lane] > widest_close else 0)
 
 
-cdef enum Sort:              # what the plain loop is to find
-    NOTHING                   # T is 1 in none of LANES rows
+cdef enum Wanted:            # by the plain loop
+    NOTHING                  # T is 1 in none of LANES rows
     WEIGHTS
-    BOTH                      # e^b, too
+    BOTH                     # e^b, too
 
 
-cdef int sort_of(const LaneParts *parts) noexcept nogil:
+cdef int wanted_of(const LaneParts *parts) noexcept nogil:
     cdef double offset[LANES]
     cdef double asked[LANES]
     cdef int lane
@@ -662,15 +662,16 @@ cdef int sort_of(const LaneParts *parts) noexcept nogil:
         offset[lane] = magnitude(parts.beta[lane] - 1)
     ask_apart(parts, asked)
     if least(offset) > 0:
-        return Sort.NOTHING
-    return Sort.BOTH if largest(asked) > 0 else Sort.WEIGHTS
+        return Wanted.NOTHING
+    return Wanted.BOTH if largest(asked) > 0 else Wanted.WEIGHTS
 
 
-cdef inline void weigh_sort(int sort, const real **x, const npy_intp *step, int n, real *weights,
-                            real *extremes, Ahead *ahead, Weighed *sums) noexcept nogil:
+cdef inline void weigh_wanted(int wanted, const real **x, const npy_intp *step, int n,
+                              real *weights, real *extremes, Ahead *ahead,
+                              Weighed *sums) noexcept nogil:
     """Add the weights of n elements of each of LANES rows by the plain loop."""
-    if sort != Sort.NOTHING:
-        weigh_loop(Loop.PLAIN, sort == Sort.BOTH, x[0], x[1], step[0], step[1], n, 0,
+    if wanted != Wanted.NOTHING:
+        weigh_loop(Loop.PLAIN, wanted == Wanted.BOTH, x[0], x[1], step[0], step[1], n, 0,
                    <const real *> NULL, weights, extremes, ahead, sums)
 
 
@@ -775,7 +776,7 @@ cdef void categorical_columns(const real **x, const npy_intp *step, int n, Ahead
     cdef real extremes[EXTREMES]
     cdef Weighed sums
     weigh_nothing(extremes, &sums)
-    weigh_sort(sort_of(into), x, step, n, weights, extremes, ahead, &sums)
+    weigh_wanted(wanted_of(into), x, step, n, weights, extremes, ahead, &sums)
     finish_columns(x, step, n, weights, extremes, &sums, NULL, into)
 
 
@@ -784,36 +785,38 @@ cdef void categorical_columns(const real **x, const npy_intp *step, int n, Ahead
 
 cdef enum:
     PAIR_BYTES = 128         # processors fetch lines of 64 in pairs
-    MOST_COPIED = COPY_BYTES / 2 / STRIP / 4 / LANES  # groups of LANES floats
+    WIDE_BYTES = COPY_BYTES / 2 / STRIP    # of a line that is copied
+    WIDE_GROUPS = WIDE_BYTES / 4 / LANES   # of LANES floats
     RUNS_TOGETHER = 3        # of floats, whole ones: the same sums as of all at once
 
 
 cdef inline Ahead *lines_ahead(const real **x, const npy_intp *step, int group, npy_intp row,
                                Ahead *ahead) noexcept nogil:
-    """What to ask for beside a group: a pair of lines of both operands, if it is as wide; else P's
-    pair beside its first half, Q's beside its second: both halves at once take half the time of one
-    here, one there."""
-    cdef int halves = 2 if LANES * sizeof(real) < PAIR_BYTES else 1
-    cdef int pair = group * LANES * <int> sizeof(real) // PAIR_BYTES
-    cdef int part = group - pair * PAIR_BYTES // (LANES * <int> sizeof(real)), i, operand
-    if part >= halves:
+    """What to ask for beside a group: the pair of lines of both operands, if it is as wide as one;
+    else P's beside the pair's first group, Q's beside its second, as half a pair at a time takes
+    nearly twice as long."""
+    cdef int groups = PAIR_BYTES // LANES // <int> sizeof(real), part = group % groups
+    cdef int i, operand
+    if part > 1:
         return NULL
     for i in range(2):
-        operand = i if halves == 1 else part
+        operand = i if groups == 1 else part
         ahead.step[i] = step[operand] * sizeof(real)
-        ahead.data[i] = <const char *> (x[operand] + row * step[operand]) + (
-            pair * PAIR_BYTES + i * (halves - 1) * 64)
+        ahead.data[i] = <const char *> (x[operand] + row * step[operand] + (group - part) * LANES)
+        if groups > 1:
+            ahead.data[i] += i * (PAIR_BYTES / 2)
     return ahead
 
 
 cdef void categorical_lines(const real **x, const npy_intp *step, int n, int groups, real *copies,
                             LaneParts *into) noexcept nogil:
-    """As categorical_columns, of groups that lie side by side."""
+    """As categorical_columns, of groups that lie side by side. What follows is asked for beside the
+    weights, or while it is copied, where there are none yet."""
     cdef double room[COPY_BYTES / 2 / 8]
     cdef real *weights = <real *> room
-    cdef real extremes[MOST_COPIED * EXTREMES]
-    cdef Weighed sums[MOST_COPIED]
-    cdef int sorts[MOST_COPIED]
+    cdef real extremes[WIDE_GROUPS * EXTREMES]
+    cdef Weighed sums[WIDE_GROUPS]
+    cdef int wanted[WIDE_GROUPS]
     cdef const real *at[2]
     cdef npy_intp steps[2]
     cdef Ahead ahead
@@ -823,30 +826,31 @@ cdef void categorical_lines(const real **x, const npy_intp *step, int n, int gro
     steps[0] = steps[1] = width
     for group in range(groups):
         weigh_nothing(extremes + group * EXTREMES, &sums[group])
-        sorts[group] = sort_of(&into[group])
+        wanted[group] = wanted_of(&into[group])
     while start < n:
         count = run_length(n - start, RUNS_TOGETHER, <real> 0)
         for operand in range(2):
             copy_lines(<const char *> (x[operand] + start * step[operand]),
                        step[operand] * sizeof(real), count,
-                       rows_ahead * step[operand] * sizeof(real) * (sorts[0] == Sort.NOTHING),
-                       width * sizeof(real), COPY_BYTES / 2 / STRIP,
+                       0 if wanted[0] else rows_ahead * step[operand] * <npy_intp> sizeof(real),
+                       width * sizeof(real), WIDE_BYTES,
                        <char *> (copies + (operand * n + start) * width))
         for group in range(groups):
             for operand in range(2):
                 at[operand] = copies + (operand * n + start) * width + group * LANES
-            weigh_sort(sorts[group], at, steps, count, weights + (group * STRIP + start) * LANES,
-                       extremes + group * EXTREMES,
-                       lines_ahead(x, step, group, start + rows_ahead, &ahead), &sums[group])
+            weigh_wanted(
+                wanted[group], at, steps, count, weights + (group * STRIP + start) * LANES,
+                extremes + group * EXTREMES,
+                lines_ahead(x, step, group, start + rows_ahead, &ahead), &sums[group])
         start += count
     for group in range(groups):
         for operand in range(2):
             at[operand] = copies + operand * n * width + group * LANES
-        if sorts[group] == Sort.BOTH:
+        if wanted[group] == Wanted.BOTH:
             find_far(&sums[group], extremes + group * EXTREMES, &into[group], &far)
         note_apart(extremes + group * EXTREMES, &into[group])
         finish_columns(at, steps, n, weights + group * STRIP * LANES, extremes + group * EXTREMES,
-                       &sums[group], &far if sorts[group] == Sort.BOTH else NULL, &into[group])
+                       &sums[group], &far if wanted[group] == Wanted.BOTH else NULL, &into[group])
 
 
 cdef inline double peak_of(const Row *row, Watch *watch, int operand) noexcept nogil:

@@ -250,9 +250,9 @@ cdef inline void set_betas(const Batch *batch, npy_intp first, int used, const K
 
 
 cdef inline int most_groups(const Batch *batch, const Kernel *kernel, real of_type) noexcept nogil:
-    """All columns that are read in place; copied ones, as many as the buffer holds; short rows, as
-    many as the first cache holds easily, beside those that were asked for. Of normals, few: while
-    terms are added up, none comes from memory."""
+    """All columns that are read in place; copied ones, as those of logits are in any case, as many
+    as the buffer holds; short rows, as many as the first cache holds easily, beside those that were
+    asked for. Of normals, few: while terms are added up, none comes from memory."""
     if are_read_in_place(batch, kernel, of_type) and kernel.family != Family.CATEGORICAL:
         return MAX_GROUPS
     if lie_in_columns(batch, kernel, of_type):
