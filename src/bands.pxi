@@ -259,9 +259,18 @@ cdef inline void phi_lanes(const double *x, const double *rests, double *into) n
         into[lane] = clamped_phi(x[lane], rests[lane])
 
 
-cdef void rebase(LaneSums *sums, const double *shift, const double *peak, const double *beta,
-                 const double *new_shift, const double *new_peak) noexcept nogil:
-    """Make sums relative to another shift and peak."""
+cdef inline bint differ(const double *x, const double *y) noexcept nogil:
+    cdef double apart[LANES]
+    cdef int lane
+    for lane in range(LANES):
+        apart[lane] = 0 if x[lane] == y[lane] else 1
+    return largest(apart) > 0
+
+
+cdef void rebase(LaneSums *sums, LaneSums *rests, const double *shift, const double *peak,
+                 const double *beta, const double *new_shift,
+                 const double *new_peak) noexcept nogil:
+    """Make sums relative to another shift and peak. The same bits where neither differs."""
     cdef int lane
     cdef double mixed
     cdef double d[LANES]
@@ -288,59 +297,94 @@ cdef void rebase(LaneSums *sums, const double *shift, const double *peak, const 
         sums.divergence[lane] = grown[lane] * sums.divergence[lane] + mixed
         sums.drift[lane] = factor[lane] * (sums.drift[lane] + d[lane] * sums.weight[lane])
         sums.weight[lane] *= factor[lane]
+        rests.divergence[lane] *= grown[lane]
+        rests.drift[lane] *= factor[lane]
+        rests.weight[lane] *= factor[lane]
 
 
-cdef void add_shifted(LaneTotals *whole, const LaneParts *part) noexcept nogil:
-    """Relative to the mean of the shifts, as `combine` does it."""
+cdef void common_peaks(const LaneTotals *whole, const LaneParts *part, double *peaks) noexcept nogil:
+    """The higher one of those that have a weight."""
+    cdef double peak
     cdef int lane
-    cdef double peak, other
-    cdef double zeros[LANES]
-    cdef double falls[2][LANES]
-    cdef double shares[2][LANES]
-    cdef double new_shift[LANES]
-    cdef double new_peak[LANES]
-    cdef LaneSums added = part.sums
-    fill(zeros, 0.0)
     for lane in range(LANES):
         peak = whole.peak[lane] if whole.sums.weight[lane] > 0 else -INFINITY
-        peak = larger(peak, part.peak[lane] if added.weight[lane] > 0 else -INFINITY)
-        new_peak[lane] = peak if peak > -INFINITY else 0
-        falls[0][lane] = (whole.peak[lane] - new_peak[lane]) * part.beta[lane]
-        falls[1][lane] = (part.peak[lane] - new_peak[lane]) * part.beta[lane]
-    exp_lanes(falls[0], zeros, shares[0])
-    exp_lanes(falls[1], zeros, shares[1])
+        peak = larger(peak, part.peak[lane] if part.sums.weight[lane] > 0 else -INFINITY)
+        peaks[lane] = peak if peak > -INFINITY else 0
+
+
+cdef void shares_of(const double *peaks, const double *common, const double *beta,
+                    double *shares) noexcept nogil:
+    """What a weight relative to a peak is relative to the common one."""
+    cdef double falls[LANES]
+    cdef double zeros[LANES]
+    cdef int lane
+    fill(shares, 1.0)
+    if differ(peaks, common):
+        fill(zeros, 0.0)
+        for lane in range(LANES):
+            falls[lane] = (peaks[lane] - common[lane]) * beta[lane]
+        exp_lanes(falls, zeros, shares)
+
+
+cdef void common_shifts(const LaneTotals *whole, const LaneParts *part, const double *peaks,
+                        double *shifts) noexcept nogil:
+    """The whole's, as each change of it rounds all sums; where E_P[y]^2 were more than a 16th of
+    E_P[phi(y)], and cancelled as much of it, or of 1, the mean of all."""
+    cdef double weight, drift, divergence, mean, most
+    cdef double share[LANES]
+    cdef double share_added[LANES]
+    cdef const LaneSums *sums = &whole.sums
+    cdef const LaneSums *added = &part.sums
+    cdef int lane
+    shares_of(whole.peak, peaks, part.beta, share)
+    shares_of(part.peak, peaks, part.beta, share_added)
     for lane in range(LANES):
-        other = shares[1][lane] * added.weight[lane]
-        other = other / (shares[0][lane] * whole.sums.weight[lane] + other) if other > 0 else 0
-        new_shift[lane] = whole.shift[lane] + other * (part.shift[lane] - whole.shift[lane])
-    rebase(&whole.sums, whole.shift, whole.peak, part.beta, new_shift, new_peak)
-    rebase(&added, part.shift, part.peak, part.beta, new_shift, new_peak)
-    for lane in range(LANES):
-        whole.sums.weight[lane] += added.weight[lane]
-        whole.sums.divergence[lane] += added.divergence[lane]
-        whole.sums.drift[lane] += added.drift[lane]
-    copy(new_shift, whole.shift)
-    copy(new_peak, whole.peak)
+        weight = share_added[lane] * added.weight[lane]
+        drift = share[lane] * sums.drift[lane] + share_added[lane] * added.drift[lane]
+        divergence = share[lane] * sums.divergence[lane] + (
+            share_added[lane] * added.divergence[lane])
+        mean = weight * (part.shift[lane] - whole.shift[lane]) - drift / part.beta[lane]
+        weight += share[lane] * sums.weight[lane]
+        mean = mean / weight if weight > 0 else 0
+        most = smaller(divergence / weight, 1.0) / 16
+        shifts[lane] = whole.shift[lane] + (
+            0 if (mean * part.beta[lane]) * (mean * part.beta[lane]) <= most else mean)
+
+
+cdef void take_common(LaneTotals *whole, const LaneParts *part, LaneSums *added) noexcept nogil:
+    """Make a whole and what is to be added to it relative to the same shifts and peaks. By the chain
+    rule of divergences, nothing cancels."""
+    cdef double shifts[LANES]
+    cdef double peaks[LANES]
+    cdef LaneSums rests
+    clear_lanes(&rests)
+    common_peaks(whole, part, peaks)
+    common_shifts(whole, part, peaks, shifts)
+    if differ(shifts, whole.shift) or differ(peaks, whole.peak):
+        rebase(&whole.sums, &whole.rests, whole.shift, whole.peak, part.beta, shifts, peaks)
+        copy(shifts, whole.shift)
+        copy(peaks, whole.peak)
+    rebase(added, &rests, part.shift, part.peak, part.beta, shifts, peaks)
 
 
 cdef void add_strip(LaneTotals *whole, const LaneParts *part, bint first,
                     bint shifted) noexcept nogil:
     """`shifted`: relative to a shift and a peak of its own."""
+    cdef LaneSums added = part.sums
     if first:
-        whole.sums = part.sums
+        whole.sums = added
         copy(part.shift, whole.shift)
         copy(part.peak, whole.peak)
         clear_lanes(&whole.rests)
-        copy(part.sums.rest, whole.rests.drift)
+        copy(added.rest, whole.rests.drift)
         return
     if shifted:
-        add_shifted(whole, part)
-        return
-    add_exactly(whole.sums.weight, part.sums.weight, whole.rests.weight)
-    add_exactly(whole.sums.divergence, part.sums.divergence, whole.rests.divergence)
-    add_exactly(whole.sums.drift, part.sums.drift, whole.rests.drift)
-    add_exactly(whole.sums.drift, part.sums.rest, whole.rests.drift)
-    add_exactly(whole.sums.direct, part.sums.direct, whole.rests.direct)
+        take_common(whole, part, &added)
+    add_exactly(whole.sums.weight, added.weight, whole.rests.weight)
+    add_exactly(whole.sums.divergence, added.divergence, whole.rests.divergence)
+    add_exactly(whole.sums.drift, added.drift, whole.rests.drift)
+    add_exactly(whole.sums.drift, added.rest, whole.rests.drift)
+    add_exactly(whole.sums.direct, added.direct, whole.rests.direct)
 
 
 cdef inline void take_whole(const LaneTotals *whole, LaneParts *parts) noexcept nogil:

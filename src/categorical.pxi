@@ -140,11 +140,24 @@ ctypedef struct Weighed:      # of LANES rows, or of every LANESth element of on
     double square[LANES]      # weight (a - b)^2
     double other[LANES]       # e^b, where it is asked for
 
+cdef enum:                    # the same of a few terms of each
+    WEIGHT = 0
+    MOMENT = LANES
+    SQUARE = 2 * LANES
+    OTHER = 3 * LANES
+    WEIGHED = 4 * LANES
+
 cdef enum:                    # where values of LANES rows, or of one, lie
     LOWEST = 0                # a - b
     HIGHEST = LANES           # a - b
     REACH = 2 * LANES         # |a|, where the loop is plain
     EXTREMES = 3 * LANES
+
+
+cdef inline int summed_run(int n, real of_type) noexcept nogil:
+    """How many of n terms that are left make a run: sums of four, or less than four. One heavy term
+    and many light ones, which all round the same way, meet three roundings in place of eleven."""
+    return n if n < 4 else min(n // 4 * 4, full_run(1, of_type))
 
 
 cdef inline real weight_of(int loop, real a, const real *constants, int lane) noexcept nogil:
@@ -158,50 +171,86 @@ cdef inline real weight_of(int loop, real a, const real *constants, int lane) no
     return clamped_exp(x, rest)
 
 
+cdef inline void weigh_one(int loop, bint both, const real *a, const real *b, int first,
+                           const real *constants, real *weights, real *extremes, Ahead *ahead,
+                           real *terms) noexcept nogil:
+    """The terms of one element of each lane."""
+    cdef int lane
+    cdef real x, w, weight, part, low, high, inf = <real> INFINITY, nan = <real> NAN
+    ask_along(ahead, <real> 0)
+    for lane in range(LANES):
+        x = a[lane]
+        weight = weight_of(loop, x, constants, lane)
+        if first:
+            weight = weight if lane >= first else <real> 0
+        w = x - b[lane]
+        low = high = w
+        if loop == Loop.FAR:  # what has no weight on both sides does not count
+            w = w if b[lane] > -inf else nan
+            w = w if weight > 0 else nan
+            low, high = w if w == w else inf, w if w == w else -inf
+            w = w if w == w else <real> 0
+        part = weight * w
+        terms[WEIGHT + lane], terms[MOMENT + lane], terms[SQUARE + lane] = weight, part, part * w
+        if both:
+            terms[OTHER + lane] = exp(b[lane], <real> 0)
+        extremes[LOWEST + lane] = smaller(low, extremes[LOWEST + lane])
+        extremes[HIGHEST + lane] = larger(high, extremes[HIGHEST + lane])
+        if loop == Loop.PLAIN:
+            extremes[REACH + lane] = larger(magnitude(x), extremes[REACH + lane])
+    copy(terms + WEIGHT, weights)
+
+
+cdef inline void add_weighed(bint both, const real *terms, real *into) noexcept nogil:
+    cdef int lane
+    for lane in range(LANES):
+        into[WEIGHT + lane] += terms[WEIGHT + lane]
+        into[MOMENT + lane] += terms[MOMENT + lane]
+        into[SQUARE + lane] += terms[SQUARE + lane]
+        if both:
+            into[OTHER + lane] += terms[OTHER + lane]
+
+
+cdef inline void weigh_four(int loop, bint both, const real *a, const real *b, npy_intp step_a,
+                            npy_intp step_b, const real *constants, real *weights, real *extremes,
+                            Ahead *ahead, real *sums) noexcept nogil:
+    cdef real terms[WEIGHED]
+    cdef real others[WEIGHED]
+    weigh_one(loop, both, a, b, 0, constants, weights, extremes, ahead, sums)
+    weigh_one(loop, both, a + step_a, b + step_b, 0, constants, weights + LANES, extremes, ahead,
+              terms)
+    add_weighed(both, terms, sums)
+    weigh_one(loop, both, a + 2 * step_a, b + 2 * step_b, 0, constants, weights + 2 * LANES,
+              extremes, ahead, others)
+    weigh_one(loop, both, a + 3 * step_a, b + 3 * step_b, 0, constants, weights + 3 * LANES,
+              extremes, ahead, terms)
+    add_weighed(both, terms, others)
+    add_weighed(both, others, sums)
+
+
 cdef inline void weigh_run(int loop, bint both, const real *a, const real *b, npy_intp step_a,
                            npy_intp step_b, int n, int first, const real *constants, real *weights,
-                           real *lowest, real *highest, real *reach, Ahead *ahead,
-                           Weighed *into) noexcept nogil:
-    """Add n terms of each lane."""
+                           real *extremes, Ahead *ahead, Weighed *into) noexcept nogil:
+    """Add n terms of each lane: a multiple of four, or less, from the lanes `first` on."""
     cdef int lane, i
-    cdef real x, w, low, high, part, inf = <real> INFINITY, nan = <real> NAN
-    cdef real weight[LANES]
-    cdef real total[LANES]
-    cdef real moment[LANES]
-    cdef real square[LANES]
-    cdef real other[LANES]
-    for lane in range(LANES):
-        total[lane] = moment[lane] = square[lane] = other[lane] = 0
-    for i in range(n):
-        ask_along(ahead, <real> 0)
-        for lane in range(LANES):
-            x = a[i * step_a + lane]
-            weight[lane] = weight_of(loop, x, constants, lane)
-            if first:
-                weight[lane] = weight[lane] if lane >= first else <real> 0
-            w = x - b[i * step_b + lane]
-            low = high = w
-            if loop == Loop.FAR:  # what has no weight on both sides does not count
-                w = w if b[i * step_b + lane] > -inf else nan
-                w = w if weight[lane] > 0 else nan
-                low, high = w if w == w else inf, w if w == w else -inf
-                w = w if w == w else <real> 0
-            total[lane] += weight[lane]
-            part = weight[lane] * w
-            moment[lane] += part
-            square[lane] += part * w
-            if both:
-                other[lane] += exp(b[i * step_b + lane], <real> 0)
-            lowest[lane], highest[lane] = smaller(low, lowest[lane]), larger(high, highest[lane])
-            if loop == Loop.PLAIN:
-                reach[lane] = larger(magnitude(x), reach[lane])
-        copy(weight, weights + i * LANES)
-    fold(total, into.weight)
-    fold(moment, into.moment)
-    fold(square, into.square)
+    cdef real terms[WEIGHED]
+    cdef real sums[WEIGHED]
+    for lane in range(WEIGHED):
+        sums[lane] = 0
+    for i in range(n // 4):
+        weigh_four(loop, both, a, b, step_a, step_b, constants, weights, extremes, ahead, terms)
+        add_weighed(both, terms, sums)
+        a, b, weights = a + 4 * step_a, b + 4 * step_b, weights + 4 * LANES
+    for i in range(n % 4):
+        weigh_one(loop, both, a, b, first, constants, weights, extremes, ahead, terms)
+        add_weighed(both, terms, sums)
+        a, b, weights = a + step_a, b + step_b, weights + LANES
+    fold(sums + WEIGHT, into.weight)
+    fold(sums + MOMENT, into.moment)
+    fold(sums + SQUARE, into.square)
     if both:
-        keep_from(first, other)
-        fold(other, into.other)
+        keep_from(first, sums + OTHER)
+        fold(sums + OTHER, into.other)
 
 
 cdef inline void weigh(int loop, bint both, const real *a, const real *b, npy_intp step_a,
@@ -210,31 +259,27 @@ cdef inline void weigh(int loop, bint both, const real *a, const real *b, npy_in
     """The weights of n terms of each lane, and of the lanes from `first` on, if it is not 0, of one
     more, from a vector that overlaps the last; their sums, and where values lie. `both`: e^b, too.
     """
-    cdef int length
-    cdef real lowest[LANES]
-    cdef real highest[LANES]
-    cdef real reach[LANES]
+    cdef int length, lane
+    cdef real found[EXTREMES]
     cdef Weighed sums
     copy(into.weight, sums.weight)
     copy(into.moment, sums.moment)
     copy(into.square, sums.square)
     if both:
         copy(into.other, sums.other)
-    copy(extremes + LOWEST, lowest)
-    copy(extremes + HIGHEST, highest)
-    copy(extremes + REACH, reach)
+    for lane in range(EXTREMES):
+        found[lane] = extremes[lane]
     while n > 0:
-        length = run_length(n, 1, <real> 0)
-        weigh_run(loop, both, a, b, step_a, step_b, length, 0, constants, weights, lowest, highest,
-                  reach, ahead, &sums)
+        length = summed_run(n, <real> 0)
+        weigh_run(loop, both, a, b, step_a, step_b, length, 0, constants, weights, found, ahead,
+                  &sums)
         a, b, n = a + length * step_a, b + length * step_b, n - length
         weights += length * LANES
     if first:
         weigh_run(loop, both, a - first, b - first, step_a, step_b, 1, first, constants, weights,
-                  lowest, highest, reach, ahead, &sums)
-    copy(lowest, extremes + LOWEST)
-    copy(highest, extremes + HIGHEST)
-    copy(reach, extremes + REACH)
+                  found, ahead, &sums)
+    for lane in range(EXTREMES):
+        extremes[lane] = found[lane]
     copy(sums.weight, into.weight)
     copy(sums.moment, into.moment)
     copy(sums.square, into.square)
@@ -274,44 +319,87 @@ cdef inline real far_term(real a, real b, real p, const real *constants, int lan
     return term if p > 0 else q
 
 
+cdef enum:                    # terms, and sums of a few
+    DIVERGENCE = 0
+    DRIFT = LANES
+    DIVERGED = 2 * LANES
+
+
+cdef inline void diverge_one(int loop, bint offset, const real *a, const real *b, int first,
+                             const real *weights, const real *constants, real *infinite,
+                             real *terms) noexcept nogil:
+    """The terms of one element of each lane; weights before `first` are 0, and were summed before.
+    `offset`: y needs a second part."""
+    cdef int lane
+    cdef real w, w_rest, x, z, y, y_rest, p, term
+    for lane in range(LANES):
+        p, x, z = weights[lane], a[lane], b[lane]
+        if loop == Loop.FAR:
+            term = far_term(x, z, p, constants, lane, &y, &infinite[lane])
+            term = term if lane >= first else <real> 0
+        elif loop >= Loop.UNIT:
+            y = gap(x, z, constants[SHIFT + lane], &y_rest)
+            if loop == Loop.EXACT:
+                y = product(
+                    y, y_rest, constants[BETA + lane], constants[BETA_REST + lane], &y_rest)
+            term = p * phi(y, y_rest)
+        else:
+            if offset:
+                w = difference(x, z, &w_rest)
+                y = (constants[SHIFT + lane] - w) - w_rest
+            else:
+                y = constants[SHIFT + lane] - (x - z)
+            term = p * (phi_near(y) if loop == Loop.NEAR else phi(y, <real> 0))
+        terms[DIVERGENCE + lane], terms[DRIFT + lane] = term, p * y
+
+
+cdef inline void add_diverged(const real *terms, real *into) noexcept nogil:
+    cdef int lane
+    for lane in range(LANES):
+        into[DIVERGENCE + lane] += terms[DIVERGENCE + lane]
+        into[DRIFT + lane] += terms[DRIFT + lane]
+
+
+cdef inline void diverge_four(int loop, bint offset, const real *a, const real *b, npy_intp step_a,
+                              npy_intp step_b, const real *weights, const real *constants,
+                              real *infinite, real *sums) noexcept nogil:
+    cdef real terms[DIVERGED]
+    cdef real others[DIVERGED]
+    diverge_one(loop, offset, a, b, 0, weights, constants, infinite, sums)
+    diverge_one(loop, offset, a + step_a, b + step_b, 0, weights + LANES, constants, infinite,
+                terms)
+    add_diverged(terms, sums)
+    diverge_one(loop, offset, a + 2 * step_a, b + 2 * step_b, 0, weights + 2 * LANES, constants,
+                infinite, others)
+    diverge_one(loop, offset, a + 3 * step_a, b + 3 * step_b, 0, weights + 3 * LANES, constants,
+                infinite, terms)
+    add_diverged(terms, others)
+    add_diverged(others, sums)
+
+
 cdef inline void diverge_run(int loop, bint offset, const real *a, const real *b, npy_intp step_a,
                              npy_intp step_b, int n, int first, const real *weights,
                              const real *constants, real *infinite,
                              LaneSums *into) noexcept nogil:
-    """Add n terms of each lane; weights before `first` are 0, and were summed before. `offset`: y
-    needs a second part."""
+    """Add n terms of each lane, as weigh_run."""
     cdef int lane, i
-    cdef real w, w_rest, x, z, y, y_rest, p, term
-    cdef real divergence[LANES]
-    cdef real drift[LANES]
+    cdef real terms[DIVERGED]
+    cdef real sums[DIVERGED]
     cdef real unbounded[LANES]
     copy(infinite, unbounded)
-    for lane in range(LANES):
-        divergence[lane] = drift[lane] = 0
-    for i in range(n):
-        for lane in range(LANES):
-            p, x, z = weights[i * LANES + lane], a[i * step_a + lane], b[i * step_b + lane]
-            if loop == Loop.FAR:
-                term = far_term(x, z, p, constants, lane, &y, &unbounded[lane])
-                term = term if lane >= first else <real> 0
-            elif loop >= Loop.UNIT:
-                y = gap(x, z, constants[SHIFT + lane], &y_rest)
-                if loop == Loop.EXACT:
-                    y = product(
-                        y, y_rest, constants[BETA + lane], constants[BETA_REST + lane], &y_rest)
-                term = p * phi(y, y_rest)
-            else:
-                if offset:
-                    w = difference(x, z, &w_rest)
-                    y = (constants[SHIFT + lane] - w) - w_rest
-                else:
-                    y = constants[SHIFT + lane] - (x - z)
-                term = p * (phi_near(y) if loop == Loop.NEAR else phi(y, <real> 0))
-            divergence[lane] += term
-            drift[lane] += p * y
+    for lane in range(DIVERGED):
+        sums[lane] = 0
+    for i in range(n // 4):
+        diverge_four(loop, offset, a, b, step_a, step_b, weights, constants, unbounded, terms)
+        add_diverged(terms, sums)
+        a, b, weights = a + 4 * step_a, b + 4 * step_b, weights + 4 * LANES
+    for i in range(n % 4):
+        diverge_one(loop, offset, a, b, first, weights, constants, unbounded, terms)
+        add_diverged(terms, sums)
+        a, b, weights = a + step_a, b + step_b, weights + LANES
     copy(unbounded, infinite)
-    fold(divergence, into.divergence)
-    fold(drift, into.drift)
+    fold(sums + DIVERGENCE, into.divergence)
+    fold(sums + DRIFT, into.drift)
 
 
 cdef inline void diverge(int loop, bint offset, const real *a, const real *b, npy_intp step_a,
@@ -321,7 +409,7 @@ cdef inline void diverge(int loop, bint offset, const real *a, const real *b, np
     """Add n terms of each lane, and one more as `weigh`."""
     cdef int length
     while n > 0:
-        length = run_length(n, 1, <real> 0)
+        length = summed_run(n, <real> 0)
         diverge_run(
             loop, offset, a, b, step_a, step_b, length, 0, weights, constants, infinite,
             into)

@@ -54,12 +54,12 @@ cdef inline real counted(real x, int lane, bint partial, int first) noexcept nog
 
 cdef inline void discrete_factors(const real *p, const real *q, npy_intp step_p, npy_intp step_q,
                                   int n, bint partial, int first, bint scaled, const real *ratio,
-                                  real *s, real *e_ln2, real *head, real *excess,
+                                  real *s, real *head, real *excess,
                                   real *lowest) noexcept nogil:
-    """What the terms are made of: s, e ln2, and (p - z) s + (q' - z). `scaled`: the ratio is not 1;
-    adds to the excess sum(q' - p)."""
+    """What the terms are made of: s, and all but their series. `scaled`: the ratio is not 1; adds to
+    the excess sum(q' - p)."""
     cdef int lane, i, at
-    cdef real x, y, x_normal, z, difference
+    cdef real x, y, x_normal, e_ln2, z, difference
     cdef real floor = smallest_weight(scaled, <real> 0)
     for i in range(n):
         for lane in range(LANES):
@@ -70,19 +70,19 @@ cdef inline void discrete_factors(const real *p, const real *q, npy_intp step_p,
             lowest[lane] = smaller(smaller(x, y), lowest[lane])
             x, y = counted(x, lane, partial, first), counted(y, lane, partial, first)
             x_normal = at_least(floor, x)
-            e_ln2[at], z = ratio_log(x_normal, y), match_exponent(x_normal, y)
+            e_ln2, z = ratio_log(x_normal, y), match_exponent(x_normal, y)
             difference = x - z
             if scaled:  # p - r q in one rounding where it matters, at e = 0
                 difference += (residual_product(ratio[lane], q[i * step_q + lane], y)
-                               if e_ln2[at] == 0 else <real> 0)
+                               if e_ln2 == 0 else <real> 0)
                 excess[lane] += (y - z) - difference
             s[at] = difference / (x + z)
-            head[at] = difference * s[at] + (y - z)
+            head[at] = difference * s[at] + (x * e_ln2 + (y - z))
 
 
 cdef inline void add_terms(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
-                           bint partial, int first, bint scaled, const real *s, const real *e_ln2,
-                           const real *head, real *weights, real *divergences,
+                           bint partial, int first, bint scaled, const real *s, const real *head,
+                           real *weights, real *divergences,
                            real *excesses) noexcept nogil:
     cdef int lane, i, at
     cdef real x, y
@@ -96,7 +96,7 @@ cdef inline void add_terms(const real *p, const real *q, npy_intp step_p, npy_in
             at, x, y = i * LANES + lane, p[i * step_p + lane], q[i * step_q + lane]
             x, y = counted(x, lane, partial, first), counted(y, lane, partial, first)
             weight[lane] += x
-            divergence[lane] += x * (e_ln2[at] + atanh_tail(s[at])) + head[at]
+            divergence[lane] += x * atanh_tail(s[at]) + head[at]
             if not scaled:
                 excess[lane] += y - x
     fold(weight, weights)
@@ -112,16 +112,14 @@ cdef inline void add_steps(const real *p, const real *q, npy_intp step_p, npy_in
     one loop up to the quotients, one for their series, in two sums where one would be too long."""
     cdef int half = n if n <= RUN + RUN / 2 else (n + 1) // 2
     cdef real s[MOST_STEPS * LANES]
-    cdef real e_ln2[MOST_STEPS * LANES]
     cdef real head[MOST_STEPS * LANES]
-    discrete_factors(p, q, step_p, step_q, n, partial, first, scaled, ratios, s, e_ln2, head,
-                     excess, lowest)
-    add_terms(p, q, step_p, step_q, half, partial, first, scaled, s, e_ln2, head, weight,
-              divergence, excess)
+    discrete_factors(p, q, step_p, step_q, n, partial, first, scaled, ratios, s, head, excess,
+                     lowest)
+    add_terms(p, q, step_p, step_q, half, partial, first, scaled, s, head, weight, divergence,
+              excess)
     if n > half:
         add_terms(p + half * step_p, q + half * step_q, step_p, step_q, n - half, partial, first,
-                  scaled, s + half * LANES, e_ln2 + half * LANES, head + half * LANES, weight,
-                  divergence, excess)
+                  scaled, s + half * LANES, head + half * LANES, weight, divergence, excess)
 
 
 cdef inline void discrete_run(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
@@ -184,7 +182,7 @@ cdef inline void plain_run(const real *p, const real *q, npy_intp step_p, npy_in
             difference = x - z
             s = difference / (x + z)
             tail = atanh_tail(s)
-            divergence[lane] += x * (e_ln2 + tail) + (difference * s + (y - z))
+            divergence[lane] += x * tail + (difference * s + (x * e_ln2 + (y - z)))
             term = x * (e_ln2 + (tail + (s + s)))
             direct[lane] += term
             weight[lane] += larger(term, -term)
