@@ -562,8 +562,8 @@ cdef inline void begin_band(Band *band) noexcept nogil:
     cdef int group
     for group in range(band.rows.groups):
         begin_parts(&band.parts[group])
-        if band.rows.first.family == Family.CATEGORICAL:  # short rows gain nothing by it
-            fill(band.parts[group].apart, 1.0 if band.rows.first.length > STRIP else 0.0)
+        if band.rows.first.family == Family.CATEGORICAL:  # no others are looked at
+            fill(band.parts[group].apart, 1.0 if band.rows.in_place else 0.0)
         band.wanted[group] = True
 
 

@@ -7,10 +7,12 @@ in second order only. One exponential of a, one phi.
 
 Where P and Q are far apart nothing cancels either in
     sum e^a phi(y) = e^c sum e^b - sum e^a,   c = E_P[a - b],   T = 1,
-whose sums are taken beside those that give c; their errors, 3e-7 + 4e-7 E_P|a - b| in float32, are
-small beside it.
+whose sums are taken beside those that give c, where their errors, 3e-7 + 4e-7 E_P|a - b| in
+float32, are small beside it.
 
-Columns longer than a strip are summed strip by strip, each relative to a shift of its own.
+Columns longer than a strip are summed strip by strip, each relative to a shift of its own. Terms
+are added up in fours: a heavy term and many equal ones, which all round the same way, cost sums of
+float 3e-7 at most.
 
 An exponent that is rounded to half an ulp costs e^x a relative error of |x| eps/2. Loops from the
 plainest, the first that is good enough for a block:
@@ -154,10 +156,11 @@ cdef enum:                    # where values of LANES rows, or of one, lie
     EXTREMES = 3 * LANES
 
 
-cdef inline int summed_run(int n, real of_type) noexcept nogil:
-    """How many of n terms that are left make a run: sums of four, or less than four. One heavy term
-    and many light ones, which all round the same way, meet three roundings in place of eleven."""
-    return n if n < 4 else min(n // 4 * 4, full_run(1, of_type))
+cdef inline int run_of_fours(int n, bint exact, real of_type) noexcept nogil:
+    """How many of n terms that are left make a run, a sum of sums of four: of a heavy term and light
+    ones, which all round the same way, 16 in float meet five roundings, 8 only three."""
+    cdef int length = full_run(1 if exact else 2, of_type)
+    return n if n < length + 4 else length
 
 
 cdef inline real weight_of(int loop, real a, const real *constants, int lane) noexcept nogil:
@@ -231,20 +234,23 @@ cdef inline void weigh_four(int loop, bint both, const real *a, const real *b, n
 cdef inline void weigh_run(int loop, bint both, const real *a, const real *b, npy_intp step_a,
                            npy_intp step_b, int n, int first, const real *constants, real *weights,
                            real *extremes, Ahead *ahead, Weighed *into) noexcept nogil:
-    """Add n terms of each lane: a multiple of four, or less, from the lanes `first` on."""
+    """Add n terms of each lane, of the lanes from `first` on."""
     cdef int lane, i
     cdef real terms[WEIGHED]
+    cdef real last[WEIGHED]
     cdef real sums[WEIGHED]
     for lane in range(WEIGHED):
-        sums[lane] = 0
+        sums[lane] = last[lane] = 0
     for i in range(n // 4):
         weigh_four(loop, both, a, b, step_a, step_b, constants, weights, extremes, ahead, terms)
         add_weighed(both, terms, sums)
         a, b, weights = a + 4 * step_a, b + 4 * step_b, weights + 4 * LANES
     for i in range(n % 4):
         weigh_one(loop, both, a, b, first, constants, weights, extremes, ahead, terms)
-        add_weighed(both, terms, sums)
+        add_weighed(both, terms, last)
         a, b, weights = a + step_a, b + step_b, weights + LANES
+    if n % 4:
+        add_weighed(both, last, sums)
     fold(sums + WEIGHT, into.weight)
     fold(sums + MOMENT, into.moment)
     fold(sums + SQUARE, into.square)
@@ -270,7 +276,7 @@ cdef inline void weigh(int loop, bint both, const real *a, const real *b, npy_in
     for lane in range(EXTREMES):
         found[lane] = extremes[lane]
     while n > 0:
-        length = summed_run(n, <real> 0)
+        length = run_of_fours(n, both, <real> 0)
         weigh_run(loop, both, a, b, step_a, step_b, length, 0, constants, weights, found, ahead,
                   &sums)
         a, b, n = a + length * step_a, b + length * step_b, n - length
@@ -384,19 +390,22 @@ cdef inline void diverge_run(int loop, bint offset, const real *a, const real *b
     """Add n terms of each lane, as weigh_run."""
     cdef int lane, i
     cdef real terms[DIVERGED]
+    cdef real last[DIVERGED]
     cdef real sums[DIVERGED]
     cdef real unbounded[LANES]
     copy(infinite, unbounded)
     for lane in range(DIVERGED):
-        sums[lane] = 0
+        sums[lane] = last[lane] = 0
     for i in range(n // 4):
         diverge_four(loop, offset, a, b, step_a, step_b, weights, constants, unbounded, terms)
         add_diverged(terms, sums)
         a, b, weights = a + 4 * step_a, b + 4 * step_b, weights + 4 * LANES
     for i in range(n % 4):
         diverge_one(loop, offset, a, b, first, weights, constants, unbounded, terms)
-        add_diverged(terms, sums)
+        add_diverged(terms, last)
         a, b, weights = a + step_a, b + step_b, weights + LANES
+    if n % 4:
+        add_diverged(last, sums)
     copy(unbounded, infinite)
     fold(sums + DIVERGENCE, into.divergence)
     fold(sums + DRIFT, into.drift)
@@ -409,7 +418,7 @@ cdef inline void diverge(int loop, bint offset, const real *a, const real *b, np
     """Add n terms of each lane, and one more as `weigh`."""
     cdef int length
     while n > 0:
-        length = summed_run(n, <real> 0)
+        length = run_of_fours(n, False, <real> 0)
         diverge_run(
             loop, offset, a, b, step_a, step_b, length, 0, weights, constants, infinite,
             into)
@@ -548,7 +557,7 @@ cdef void range_of(const real *a, int n, double *lowest, double *highest) noexce
 cdef inline double far_divergence(double weight, double moment, double square,
                                   double other) noexcept nogil:
     """sum e^a phi(y) for c = E_P[a - b], which makes it e^c sum e^b - sum e^a; 0 where P and Q are
-    too close to each other for that: KL < (1 + sqrt(E_P[(a - b)^2]))/2, which leaves errors of 8e-7
+    too close to each other for that: KL < (1 + sqrt(E_P[(a - b)^2]))/2, which leaves errors of 9e-7
     in float32. Branch-free."""
     cdef double share = 1 / weight
     cdef double grown = other * exp(moment * share, 0.0)
@@ -875,23 +884,24 @@ cdef enum:
     PAIR_BYTES = 128         # processors fetch lines of 64 in pairs
     WIDE_BYTES = COPY_BYTES / 2 / STRIP    # of a line that is copied
     WIDE_GROUPS = WIDE_BYTES / 4 / LANES   # of LANES floats
-    RUNS_TOGETHER = 3        # of floats, whole ones: the same sums as of all at once
+    RUNS_TOGETHER = 2        # of floats, whole ones: the same sums as of all at once
 
 
-cdef inline Ahead *lines_ahead(const real **x, const npy_intp *step, int group, npy_intp row,
-                               Ahead *ahead) noexcept nogil:
-    """What to ask for beside a group: the pair of lines of both operands, if it is as wide as one;
-    else P's beside the pair's first group, Q's beside its second, as half a pair at a time takes
-    nearly twice as long."""
+cdef inline Ahead *lines_ahead(const real **x, const npy_intp *step, int group, bint last,
+                               npy_intp row, Ahead *ahead) noexcept nogil:
+    """What to ask for beside a group: both operands' lines, if it is as wide as a pair of lines, or
+    the last and the first of its pair; else P's pair beside the pair's first group, Q's beside its
+    second, as half a pair at a time takes nearly twice as long."""
     cdef int groups = PAIR_BYTES // LANES // <int> sizeof(real), part = group % groups
+    cdef bint alone = groups == 1 or (last and part == 0)
     cdef int i, operand
     if part > 1:
         return NULL
     for i in range(2):
-        operand = i if groups == 1 else part
+        operand = i if alone else part
         ahead.step[i] = step[operand] * sizeof(real)
         ahead.data[i] = <const char *> (x[operand] + row * step[operand] + (group - part) * LANES)
-        if groups > 1:
+        if not alone:
             ahead.data[i] += i * (PAIR_BYTES / 2)
     return ahead
 
@@ -929,11 +939,13 @@ cdef void categorical_lines(const real **x, const npy_intp *step, int n, int gro
             weigh_wanted(
                 wanted[group], at, steps, count, weights + (group * STRIP + start) * LANES,
                 extremes + group * EXTREMES,
-                lines_ahead(x, step, group, start + rows_ahead, &ahead), &sums[group])
+                lines_ahead(x, step, group, group == groups - 1, start + rows_ahead, &ahead),
+                &sums[group])
         start += count
     for group in range(groups):
         for operand in range(2):
             at[operand] = copies + operand * n * width + group * LANES
+        # before finish_columns, which finds sums and extremes again where neighbours are far
         if wanted[group] == Wanted.BOTH:
             find_far(&sums[group], extremes + group * EXTREMES, &into[group], &far)
         note_apart(extremes + group * EXTREMES, &into[group])

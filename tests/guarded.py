@@ -12,6 +12,7 @@ import numpy as np
 from registry import IDS
 
 PAGE = mmap.PAGESIZE
+COLUMNS = [(3, 40), (129, 40), (145, 7), (160, 17), (181, 130), (300, 33)]  # length, number
 
 
 class Region:
@@ -60,23 +61,32 @@ def forms(entry, dtype, batch, size):
         }
 
 
+def call_at_the_edge(entry, arrays, regions, **options):
+    """Call one entry with all its arrays at the edge, for every stride and side."""
+    want = entry(arrays, **options)
+    for step in (1, -2):
+        for at_end in (True, False):
+            print(*arrays, want.dtype, *map(np.shape, arrays.values()), step, at_end, flush=True)
+            placed = {
+                name: region.place(a, step, at_end)
+                for region, (name, a) in zip(regions, arrays.items(), strict=False)
+            }
+            np.testing.assert_allclose(entry(placed, **options), want, rtol=3e-5, atol=1e-30)
+
+
 def run(entry_id, sizes, dtypes):
-    """Call one entry with all its arrays at the edge, for every size, dtype, stride and side."""
+    """Call one entry for every size and dtype, rows and columns."""
     entry = IDS[entry_id]
-    regions = [Region(256 if entry.core == 2 else 128) for _ in range(4)]
+    regions = [Region(256 if entry.core == 2 else 512) for _ in range(4)]
     for dtype in dtypes:
         for size in sizes:
             for batch in [(), (9,)]:
                 for arrays in forms(entry, dtype, batch, size):
-                    want = entry(arrays)
-                    for step in (1, -2):
-                        for at_end in (True, False):
-                            print(*arrays, np.dtype(dtype), size, batch, step, at_end, flush=True)
-                            placed = {
-                                name: region.place(a, step, at_end)
-                                for region, (name, a) in zip(regions, arrays.items(), strict=False)
-                            }
-                            np.testing.assert_allclose(entry(placed), want, rtol=3e-5, atol=1e-30)
+                    call_at_the_edge(entry, arrays, regions)
+        for size, width in COLUMNS if entry.core == 1 else []:
+            arrays = next(forms(entry, dtype, (width,), size))
+            columns = {name: a.T if a.ndim == 2 else a for name, a in arrays.items()}
+            call_at_the_edge(entry, columns, regions, axis=0)
 
 
 if __name__ == "__main__":

@@ -377,6 +377,70 @@ def test_a_few_terms_decide(size, spread, few):
     assert_close(klfast.kl_categorical(a, b), exact, exact, ROWS["float32"], arrays)
 
 
+def two_valued(rng, dtype, rows, size, every, limits):
+    """Rows of two arrays that have one pair of values in every so manyth place, another elsewhere."""
+    heavy = np.arange(size) % every == 0
+    values = [rng.uniform(*limit, (rows, 1)) for limit in limits]
+    a, b = np.where(heavy, values[0], values[2]), np.where(heavy, values[1], values[3])
+    return a.astype(dtype), b.astype(dtype)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("every", [12, 144, 10**9])
+@pytest.mark.parametrize("size", [12, 100, 156, 168, 192, 300, 1500])
+def test_one_heavy_term_and_many_alike(size, every, axis):
+    """All of these round the same way."""
+    rng = np.random.default_rng(size)
+    rows = 2_000_000 // size
+    a, b = two_valued(rng, np.float32, rows, size, every, [(0, 14), (-34, 0), (-6, 2), (-14, 2)])
+    p, q = two_valued(rng, np.float32, rows, size, every, [(0, 10), (-9, 9), (-8, 2), (-8, 2)])
+    p, q = np.exp(p), np.exp(q)
+    for kl, arrays in [
+        (klfast.kl_categorical, {"logits_p": a, "logits_q": b}),
+        (klfast.kl_discrete, {"p": p, "q": q}),
+    ]:
+        exact = kl(*[x.astype(np.float64) for x in arrays.values()])
+        placed = [np.ascontiguousarray(x.T) if axis == 0 else x for x in arrays.values()]
+        assert_close(kl(*placed, axis=axis), exact, exact, ROWS["float32"], arrays, zero=1e-12)
+
+
+def exact_two_valued(a, b):
+    """Closed form of one row."""
+    (x, z), (y, w) = (a.max(), a.min()), (b[a.argmax()], b[a.argmin()])
+    count = int((a == x).sum())
+    with mpmath.workdps(40):
+        x, y, z, w = map(mpmath.mpf, map(float, (x, y, z, w)))
+        total_a = count * mpmath.exp(x) + (a.size - count) * mpmath.exp(z)
+        total_b = count * mpmath.exp(y) + (a.size - count) * mpmath.exp(w)
+        shift = mpmath.log(total_b / total_a)
+        return float(
+            count * mpmath.exp(x) / total_a * (x - y + shift)
+            + (a.size - count) * mpmath.exp(z) / total_a * (z - w + shift)
+        )
+
+
+@pytest.mark.parametrize("size", [12, 156, 168, 300])
+def test_one_heavy_term_and_many_alike_in_float64(size):
+    rng = np.random.default_rng(size)
+    limits = [(3, 14), (-34, 0), (-6, 2), (-14, 2)]
+    a, b = two_valued(rng, np.float64, 400, size, 10**9, limits)
+    want = np.array([exact_two_valued(*pair) for pair in zip(a, b, strict=True)])
+    arrays = {"logits_p": a, "logits_q": b}
+    for got in (klfast.kl_categorical(a, b), klfast.kl_categorical(a.T.copy(), b.T.copy(), axis=0)):
+        assert_close(got, want, want, ROWS["float64"], arrays, zero=1e-12)
+
+
+@pytest.mark.parametrize("every", [3, 7, 50])
+def test_columns_of_many_strips(every):
+    """Strips that are added to hundreds of others cost nothing."""
+    rng = np.random.default_rng(every)
+    limits = [(0, 0.5), (0, 2), (-0.5, 0), (-1, 1)]
+    a, b = two_valued(rng, np.float64, 20, 100_000, every, limits)
+    want = np.array([exact_two_valued(*pair) for pair in zip(a, b, strict=True)])
+    got = klfast.kl_categorical(a.T.copy(), b.T.copy(), axis=0)
+    assert_close(got, want, want, ROWS["float64"] / 10, {"logits_p": a, "logits_q": b})
+
+
 def test_oracle_agrees_with_mpmath():
     rng = np.random.default_rng(0)
     p = rng.random(50)
