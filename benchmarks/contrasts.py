@@ -59,8 +59,10 @@ def is_q(name: str) -> bool:
     return name.rpartition("_")[2] == "q"
 
 
-def transposed(id: str, dtype: str, items: int, size: int) -> tuple[Call, Call]:
-    function, arrays = IDS[id].function, IDS[id].inputs(dtype, (items,), size)
+def transposed(
+    id: str, dtype: str, items: int, size: int, near: float | None = None
+) -> tuple[Call, Call]:
+    function, arrays = IDS[id].function, IDS[id].inputs(dtype, (items,), size, near)
     turned = {name: np.ascontiguousarray(a.T) for name, a in arrays.items()}
     return bind(function, turned, axis=0), bind(function, arrays)
 
@@ -173,6 +175,21 @@ CONTRASTS = [
             aim=1,
         )
         for id in ROWS
+        for dtype in ("float32", "float64")
+    ],
+    *[
+        contrast(
+            "categorical",
+            f"{dtype} 1000×4096, near equal, axis=0",
+            "contiguous rows",
+            transposed,
+            dtype,
+            4096,
+            1000,
+            1e-3,
+            floor=round(1 / 1.5, 3),
+            aim=1,
+        )
         for dtype in ("float32", "float64")
     ],
     *[

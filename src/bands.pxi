@@ -11,7 +11,7 @@ from sums cimport (
     AHEAD_BYTES, COPY_BYTES, LANES, MAX_GROUPS, MAX_OPERANDS, RUN, STRIP, Ahead, Family,
     LaneParts, LaneSums, Row, clear_lanes, copy, even_margin, fill, least, transpose, two_sum,
 )
-from vecmath cimport INFINITY, larger, real, smaller
+from vecmath cimport INFINITY, larger, magnitude, real, smaller
 
 cdef extern from "transpose.h" nogil:
     void copy_line(const char *line, npy_intp ahead, npy_intp n, char *into)
@@ -272,7 +272,7 @@ cdef void rebase(LaneSums *sums, LaneSums *rests, const double *shift, const dou
                  const double *new_peak) noexcept nogil:
     """Make sums relative to another shift and peak. The same bits where neither differs."""
     cdef int lane
-    cdef double mixed
+    cdef double mixed, gain
     cdef double d[LANES]
     cdef double d_rest[LANES]
     cdef double fall[LANES]
@@ -291,8 +291,9 @@ cdef void rebase(LaneSums *sums, LaneSums *rests, const double *shift, const dou
     exp_lanes(both, both_rest, grown)
     phi_lanes(d, d_rest, between)
     for lane in range(LANES):
-        mixed = factor[lane] * between[lane] * sums.weight[lane]
-        mixed += (grown[lane] - factor[lane]) * sums.drift[lane]
+        gain = grown[lane] - factor[lane]  # by e^d - 1 = phi(d) + d, where it would cancel
+        gain = gain if magnitude(d[lane]) > 0.5 else factor[lane] * (between[lane] + d[lane])
+        mixed = factor[lane] * between[lane] * sums.weight[lane] + gain * sums.drift[lane]
         mixed = mixed if sums.weight[lane] > 0 else 0
         sums.divergence[lane] = grown[lane] * sums.divergence[lane] + mixed
         sums.drift[lane] = factor[lane] * (sums.drift[lane] + d[lane] * sums.weight[lane])

@@ -156,10 +156,10 @@ cdef enum:                    # where values of LANES rows, or of one, lie
     EXTREMES = 3 * LANES
 
 
-cdef inline int run_of_fours(int n, bint exact, real of_type) noexcept nogil:
+cdef inline int run_of_fours(int n, int sums, real of_type) noexcept nogil:
     """How many of n terms that are left make a run, a sum of sums of four: of a heavy term and light
     ones, which all round the same way, 16 in float meet five roundings, 8 only three."""
-    cdef int length = full_run(1 if exact else 2, of_type)
+    cdef int length = full_run(sums, of_type)
     return n if n < length + 4 else length
 
 
@@ -276,7 +276,7 @@ cdef inline void weigh(int loop, bint both, const real *a, const real *b, npy_in
     for lane in range(EXTREMES):
         found[lane] = extremes[lane]
     while n > 0:
-        length = run_of_fours(n, both, <real> 0)
+        length = run_of_fours(n, 1, <real> 0)
         weigh_run(loop, both, a, b, step_a, step_b, length, 0, constants, weights, found, ahead,
                   &sums)
         a, b, n = a + length * step_a, b + length * step_b, n - length
@@ -418,7 +418,7 @@ cdef inline void diverge(int loop, bint offset, const real *a, const real *b, np
     """Add n terms of each lane, and one more as `weigh`."""
     cdef int length
     while n > 0:
-        length = run_of_fours(n, False, <real> 0)
+        length = run_of_fours(n, 2, <real> 0)
         diverge_run(
             loop, offset, a, b, step_a, step_b, length, 0, weights, constants, infinite,
             into)

@@ -6,7 +6,8 @@ is non-negative, and  KL = G/Sp - (u - log1p(u)),  u = sum(q' - p)/Sp,  exactly:
 of second order, so nothing cancels when P is close to Q. One term, with z = q' 2^e and
 s = (p - z)/(p + z), where the integer e brings p/z near 1:
     p e ln2 + (q' - z) + (p - z) s + p (2 atanh(s) - 2 s),
-which for e = 0 is (p - z) s + O(s^3): no difference of logarithms. A term is right to 4 ulp.
+which for e = 0 is (p - z) s + O(s^3): no difference of logarithms. The first two nearly cancel where
+log(p/q') is about ln2/2; added in one rounding, they leave a term right to 4 ulp.
 p = 0 gives q' and p = q = 0 gives 0 by the same formula.
 
 As it stands, sum p log(p/q) = G + (Sp - Sq), or the sum of p (e ln2 + 2 atanh(s)), whichever has
@@ -23,8 +24,8 @@ from sums cimport (
     take_lanes, take_lanes_exactly, two_sum,
 )
 from vecmath cimport (
-    INFINITY, LN2, NAN, at_least, atanh_tail, larger, match_exponent, ratio_exponent, ratio_log,
-    real, residual_product, smaller,
+    INFINITY, LN2, NAN, at_least, atanh_tail, larger, match_exponent, plus_product, ratio_exponent,
+    ratio_log, real, residual_product, smaller,
 )
 
 
@@ -77,7 +78,7 @@ cdef inline void discrete_factors(const real *p, const real *q, npy_intp step_p,
                                if e_ln2 == 0 else <real> 0)
                 excess[lane] += (y - z) - difference
             s[at] = difference / (x + z)
-            head[at] = difference * s[at] + (x * e_ln2 + (y - z))
+            head[at] = difference * s[at] + plus_product(x, e_ln2, y - z)
 
 
 cdef inline void add_terms(const real *p, const real *q, npy_intp step_p, npy_intp step_q, int n,
@@ -110,7 +111,7 @@ cdef inline void add_steps(const real *p, const real *q, npy_intp step_p, npy_in
                            real *weight, real *divergence, real *excess) noexcept nogil:
     """Add n terms, at most MOST_STEPS, of each lane, or, if `partial`, of those from `first` on:
     one loop up to the quotients, one for their series, in two sums where one would be too long."""
-    cdef int half = n if n <= RUN + RUN / 2 else (n + 1) // 2
+    cdef int half = n if n <= RUN else (n + 1) // 2
     cdef real s[MOST_STEPS * LANES]
     cdef real head[MOST_STEPS * LANES]
     discrete_factors(p, q, step_p, step_q, n, partial, first, scaled, ratios, s, head, excess,
@@ -182,7 +183,7 @@ cdef inline void plain_run(const real *p, const real *q, npy_intp step_p, npy_in
             difference = x - z
             s = difference / (x + z)
             tail = atanh_tail(s)
-            divergence[lane] += x * tail + (difference * s + (x * e_ln2 + (y - z)))
+            divergence[lane] += x * tail + (difference * s + plus_product(x, e_ln2, y - z))
             term = x * (e_ln2 + (tail + (s + s)))
             direct[lane] += term
             weight[lane] += larger(term, -term)

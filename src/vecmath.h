@@ -1,8 +1,8 @@
 /* One-lane mathematics, branch-free, so that compilers vectorise the loops around it.
  *
  * Every function comes as name_f32 and name_f64. Products and sums are written a * b + c and the
- * compiler contracts them to fused multiply-adds where the processor has them; only
- * residual_product needs the single rounding and gets it by other means where it has not.
+ * compiler contracts them to fused multiply-adds where the processor has them; plus_product in float
+ * and residual_product need the single rounding and get it by other means where it has not.
  * Coefficients: tools/polynomials.py.
  */
 #ifndef KLFAST_VECMATH_H
@@ -233,6 +233,16 @@ static inline float atanh_tail_f32(float s) {
         return t * (u * s);                                                                      \
     }
 ATANH_TAIL_F64(atanh_tail_f64, double)
+
+/* c + a*b, in float rounded once. */
+static inline float plus_product_f32(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return fmaf(a, b, c);
+#else
+    return (float)((double)c + (double)a * (double)b);
+#endif
+}
+static inline double plus_product_f64(double a, double b, double c) { return a * b + c; }
 
 /* c - a*b rounded once. fma() is a library call where the processor has none: there, double for
  * float, and for double an error-free product. */

@@ -34,6 +34,8 @@ cdef extern from "vecmath.h" nogil:
     double at_least_f64(double low, double x)
     float atanh_tail_f32(float s)
     double atanh_tail_f64(double s)
+    float plus_product_f32(float a, float b, float c)
+    double plus_product_f64(double a, double b, double c)
     float residual_product_f32(float a, float b, float c)
     double residual_product_f64(double a, double b, double c)
     float from_float16(unsigned short bits)
@@ -124,6 +126,13 @@ cdef inline real atanh_tail(real s) noexcept nogil:
         return atanh_tail_f32(s)
     else:
         return atanh_tail_f64(s)
+
+
+cdef inline real plus_product(real a, real b, real c) noexcept nogil:
+    if real is float:
+        return plus_product_f32(a, b, c)
+    else:
+        return plus_product_f64(a, b, c)
 
 
 cdef inline real residual_product(real a, real b, real c) noexcept nogil:

@@ -378,7 +378,7 @@ def test_a_few_terms_decide(size, spread, few):
 
 
 def two_valued(rng, dtype, rows, size, every, limits):
-    """Rows of two arrays that have one pair of values in every so manyth place, another elsewhere."""
+    """Rows of two arrays: one pair of values in the first of so many places, another elsewhere."""
     heavy = np.arange(size) % every == 0
     values = [rng.uniform(*limit, (rows, 1)) for limit in limits]
     a, b = np.where(heavy, values[0], values[2]), np.where(heavy, values[1], values[3])
