@@ -159,8 +159,8 @@ cdef inline void ask_for(Ahead *ahead, int operands, int n, real of_type) noexce
 
 
 cdef inline void ask_along(Ahead *ahead, real of_type) noexcept nogil:
-    """The same for a vector of two operands, wherever the next ones lie, into the second cache: 5 to
-    8 % off logits from memory; others gain nothing by that."""
+    """The same for a vector of two operands, wherever the next ones lie, into the second cache: 5
+    to 8 % off logits from memory; others gain nothing by that."""
     cdef int operand
     if ahead == NULL:
         return
@@ -303,7 +303,8 @@ cdef void rebase(LaneSums *sums, LaneSums *rests, const double *shift, const dou
         rests.weight[lane] *= factor[lane]
 
 
-cdef void common_peaks(const LaneTotals *whole, const LaneParts *part, double *peaks) noexcept nogil:
+cdef void common_peaks(const LaneTotals *whole, const LaneParts *part,
+                       double *peaks) noexcept nogil:
     """The higher one of those that have a weight."""
     cdef double peak
     cdef int lane
@@ -329,8 +330,8 @@ cdef void shares_of(const double *peaks, const double *common, const double *bet
 
 cdef void common_shifts(const LaneTotals *whole, const LaneParts *part, const double *peaks,
                         double *shifts) noexcept nogil:
-    """The whole's, as each change of it rounds all sums; where E_P[y]^2 were more than a 16th of
-    E_P[phi(y)], and cancelled as much of it, or of 1, the mean of all."""
+    """The whole's, as each change of it rounds all sums, while (E_P[y])^2, twice what the
+    correction takes from E_P[phi(y)], is at most a 16th of that, and of 1; else the mean of all."""
     cdef double weight, drift, divergence, mean, most
     cdef double share[LANES]
     cdef double share_added[LANES]
@@ -353,8 +354,8 @@ cdef void common_shifts(const LaneTotals *whole, const LaneParts *part, const do
 
 
 cdef void take_common(LaneTotals *whole, const LaneParts *part, LaneSums *added) noexcept nogil:
-    """Make a whole and what is to be added to it relative to the same shifts and peaks. By the chain
-    rule of divergences, nothing cancels."""
+    """Make a whole and what is to be added to it relative to the same shifts and peaks. By the
+    chain rule of divergences, nothing cancels."""
     cdef double shifts[LANES]
     cdef double peaks[LANES]
     cdef LaneSums rests

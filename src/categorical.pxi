@@ -157,8 +157,8 @@ cdef enum:                    # where values of LANES rows, or of one, lie
 
 
 cdef inline int run_of_fours(int n, int sums, real of_type) noexcept nogil:
-    """How many of n terms that are left make a run, a sum of sums of four: of a heavy term and light
-    ones, which all round the same way, 16 in float meet five roundings, 8 only three."""
+    """How many of n terms that are left make a run, a sum of sums of four: of a heavy term and
+    light ones, which all round the same way, 16 in float meet five roundings, 8 only three."""
     cdef int length = full_run(sums, of_type)
     return n if n < length + 4 else length
 

@@ -6,8 +6,8 @@ is non-negative, and  KL = G/Sp - (u - log1p(u)),  u = sum(q' - p)/Sp,  exactly:
 of second order, so nothing cancels when P is close to Q. One term, with z = q' 2^e and
 s = (p - z)/(p + z), where the integer e brings p/z near 1:
     p e ln2 + (q' - z) + (p - z) s + p (2 atanh(s) - 2 s),
-which for e = 0 is (p - z) s + O(s^3): no difference of logarithms. The first two nearly cancel where
-log(p/q') is about ln2/2; added in one rounding, they leave a term right to 4 ulp.
+which for e = 0 is (p - z) s + O(s^3): no difference of logarithms. The first two nearly cancel
+where log(p/q') is about ln2/2; added in one rounding, they leave a term right to 4 ulp.
 p = 0 gives q' and p = q = 0 gives 0 by the same formula.
 
 As it stands, sum p log(p/q) = G + (Sp - Sq), or the sum of p (e ln2 + 2 atanh(s)), whichever has
@@ -57,8 +57,8 @@ cdef inline void discrete_factors(const real *p, const real *q, npy_intp step_p,
                                   int n, bint partial, int first, bint scaled, const real *ratio,
                                   real *s, real *head, real *excess,
                                   real *lowest) noexcept nogil:
-    """What the terms are made of: s, and all but their series. `scaled`: the ratio is not 1; adds to
-    the excess sum(q' - p)."""
+    """What the terms are made of: s, and all but their series. `scaled`: the ratio is not 1; adds
+    to the excess sum(q' - p)."""
     cdef int lane, i, at
     cdef real x, y, x_normal, e_ln2, z, difference
     cdef real floor = smallest_weight(scaled, <real> 0)

@@ -314,9 +314,9 @@ cdef inline double even_divergence_of(double weight, double divergence,
 cdef inline double conditioning(int family, double value, double weight, double divergence,
                                 double drift) noexcept nogil:
     """Not negative where the sums are finite and their rounding errors hardly grow, as arithmetic
-    that vectors can follow. D/W - (u - log1p(u)): the correction takes no more than a fifth, and an
-    error of u, which counts u/(1 + u) times, is small. Or log1p(u) - Y/W, where the drift was summed
-    itself: it is no larger than the value."""
+    that vectors can follow. D/W - (u - log1p(u)): the correction takes no more than a fifth, and
+    an error of u, which counts u/(1 + u) times, is small. Or log1p(u) - Y/W, where the drift was
+    summed itself: it is no larger than the value."""
     cdef double share = 1 / weight
     cdef double g = divergence * share, y = fabs(drift * share), u = (divergence + drift) * share
     cdef double margin = smaller(1.25 * value - g, value * (1 + u) - (g + y) * fabs(u))

@@ -1,8 +1,8 @@
 /* One-lane mathematics, branch-free, so that compilers vectorise the loops around it.
  *
  * Every function comes as name_f32 and name_f64. Products and sums are written a * b + c and the
- * compiler contracts them to fused multiply-adds where the processor has them; plus_product in float
- * and residual_product need the single rounding and get it by other means where it has not.
+ * compiler contracts them to fused multiply-adds where the processor has them; residual_product,
+ * and plus_product in float, need the single rounding and get it by other means where it has not.
  * Coefficients: tools/polynomials.py.
  */
 #ifndef KLFAST_VECMATH_H

@@ -142,6 +142,7 @@ PARTS = {  # what differs from part to part of a row
     "nothing": lambda a, b, ramp: (a, b),
     "peaks": lambda a, b, ramp: (a + 900 * ramp, b + 900 * ramp),
     "shifts": lambda a, b, ramp: (a, b + 30 * ramp),
+    "shifts of what is near": lambda a, b, ramp: (a, a + 1e-3 * (b - a) + 0.01 * ramp),
     "P in the last": lambda a, b, ramp: (a + 200 * (ramp > 0.75), b),
     "peaks and shifts": lambda a, b, ramp: (a - 2000 * ramp, b - 1990 * ramp),
     "no weight in P": lambda a, b, ramp: (np.where(ramp < 0.25, -np.inf, a), b),
